@@ -1,0 +1,88 @@
+"""Simple and weighted averages of models: uniform soups (Wortsman et al., 2022, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.errors import UserError
+from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, per_model
+from lightning_merge.task_vectors import TaskVectors, TensorView
+
+
+def weighted_average(finetuned: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return Σ w_t θ_t; ``(T, n)`` to ``(n,)`` in the input's dtype.
+
+    Sums in fp64, so that the average of equal models is that model and a one-hot weight takes that model's entries.
+    """
+    total = torch.zeros(finetuned.shape[1:], dtype=torch.float64)
+    for row, weight in zip(finetuned, weights, strict=True):
+        if weight:
+            total.add_(row, alpha=weight)
+    return total.to(finetuned.dtype)
+
+
+@dataclass(frozen=True)
+class SimpleAverage(TensorMerge):
+    """Average the weights of all models: the uniform soup.
+
+    Needs no base, no data and no hyper-parameter.
+
+    Cost: one pass over the models.
+    Reference: Wortsman et al., 2022, Model soups, arXiv 2203.05482, "uniform soup".
+    """
+
+    paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
+    needs_base: ClassVar[bool] = False
+
+    def apply(self, view: TensorView, context: Any) -> Tensor:
+        """Return the mean over the models."""
+        count = len(view.models)
+        total = weighted_average(view.finetuned, [1.0] * count).double() if count == 1 else _exact_sum(view.finetuned)
+        return (total / count).to(view.finetuned.dtype)
+
+
+def _exact_sum(finetuned: Tensor) -> Tensor:
+    total = torch.zeros(finetuned.shape[1:], dtype=torch.float64)
+    for row in finetuned:
+        total += row
+    return total
+
+
+@dataclass(frozen=True)
+class WeightedAverage(TensorMerge):
+    """Average the weights of all models with one weight each.
+
+    Args:
+        weights: One number for each model by name, in [-100, 100]; equal weights by default.
+        normalize: Divide by the sum of the weights.
+
+    Raises:
+        UserError: Weights that sum to 0 while ``normalize`` is set, or that do not name the models.
+
+    Cost: one pass over the models.
+    Reference: Wortsman et al., 2022, Model soups, arXiv 2203.05482.
+    """
+
+    weights: PerModel = hyperparameter(1.0, "[-100, 100]")
+    normalize: bool = True
+
+    paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
+    needs_base: ClassVar[bool] = False
+
+    def check(self, task_vectors: TaskVectors) -> None:
+        """Check the models, and that the weights can be normalised."""
+        super().check(task_vectors)
+        if self.normalize and sum(per_model("WeightedAverage: weights", self.weights, task_vectors.names)) == 0:
+            raise UserError("WeightedAverage: the weights sum to 0. Expected another sum, or normalize: false.")
+
+    def apply(self, view: TensorView, context: Any) -> Tensor:
+        """Return Σ w_t θ_t / Σ w_t."""
+        weights = per_model("WeightedAverage: weights", self.weights, view.models)
+        total = sum(weights) if self.normalize else 1.0
+        average = weighted_average(view.finetuned.double(), weights) / total
+        return average.to(view.finetuned.dtype)

@@ -1,0 +1,235 @@
+"""What every merge method declares, how its hyper-parameters are checked, and the three steps it is written in."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_merge.errors import UserError, unknown
+from lightning_merge.task_vectors import TaskVectors, TensorView
+from lightning_merge.weights import TensorInfo
+
+# What measuring a piece yields; partials with the same key are added, over chunks, threads and ranks alike.
+Partial = dict[Hashable, Tensor]
+# A number for all models, or one for each by name.
+PerModel = float | dict[str, float]
+
+
+def hyperparameter(default: Any, allowed: str) -> Any:
+    """Declare a numeric hyper-parameter with its default and allowed interval, such as ``"(0, 1]"``."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known before values are read: the tensors in reach of a step, the models' names and the seed."""
+
+    tensors: Mapping[str, TensorInfo]
+    models: tuple[str, ...]
+    seed: int = 0
+
+
+@dataclass
+class Context:
+    """What a step has learned from measuring; ``complete`` ends the measuring passes."""
+
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """A frozen set of typed hyper-parameters over pure kernels, written so that it streams.
+
+    ``begin`` plans from headers; while the context is not complete, one pass over the pieces calls ``measure`` and the
+    summed partials go to ``conclude``; a last pass calls ``apply``. Elementwise steps have only the last. The reach of
+    a measuring pass is the step's ``scope``: one tensor, or the whole model.
+    """
+
+    paper: ClassVar[str] = ""
+    needs_base: ClassVar[bool] = True
+    min_models: ClassVar[int] = 1
+    max_models: ClassVar[int | None] = None
+    needs_statistics: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+    per_matrix: ClassVar[bool] = False
+    order_matters: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            if "allowed" in spec.metadata:
+                value = getattr(self, spec.name)
+                for entry in value.values() if isinstance(value, Mapping) else [value]:
+                    check_interval(type(self).__name__, spec.name, entry, spec.metadata["allowed"])
+
+    @property
+    def reach(self) -> Literal["tensor", "model"]:
+        """Over what one measuring pass goes."""
+        return "tensor"
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an output entry depends on the same entry of the inputs only."""
+        return type(self).measure is Step.measure
+
+    def check(self, task_vectors: TaskVectors) -> None:
+        """Check the models against what the step can do, from headers alone.
+
+        Raises:
+            UserError: A missing base, too few or too many models, or a setting for a model that is not there.
+        """
+        name, count = type(self).__name__, len(task_vectors)
+        if self.needs_base and task_vectors.base is None:
+            raise UserError(f"{name} needs a base model (task vectors are θ − θ₀), and none is given. Expected --base REF.")
+        if count < self.min_models or (self.max_models is not None and count > self.max_models):
+            most = "" if self.max_models is None else f" and at most {self.max_models}"
+            raise UserError(f"{name} takes at least {self.min_models}{most} models, got {count}.")
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if "allowed" in spec.metadata and isinstance(value, Mapping):
+                per_model(f"{name}: {spec.name}", value, task_vectors.names)
+
+    def begin(self, header: Header) -> Context:
+        """Plan from headers."""
+        return Context()
+
+    def measure(self, view: TensorView, context: Any) -> Partial:
+        """Measure one piece."""
+        return {}
+
+    def conclude(self, partial: Partial, context: Any) -> Context:
+        """Turn what was measured over the step's reach into the next context."""
+        return context
+
+    @abstractmethod
+    def apply(self, view: TensorView, context: Any) -> Tensor:
+        """Compute one piece: merged weights ``(n,)`` for a method, task vectors ``(T, n)`` for a transform."""
+
+
+@dataclass(frozen=True)
+class MergeMethod(Step):
+    """A merge of T models into one: call it on :class:`~lightning_merge.TaskVectors` to get a state dict."""
+
+    def __call__(
+        self,
+        task_vectors: TaskVectors,
+        transforms: Sequence[Transform] = (),
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        score: Callable[[dict[str, Tensor]], float] | None = None,
+    ) -> dict[str, Tensor]:
+        """Merge in memory.
+
+        Args:
+            task_vectors: The models, over their base.
+            transforms: Transforms of the task vectors, applied in order before the merge.
+            seed: Seed of the methods that draw at random.
+            dtype: Floating-point dtype of the result; the base's by default.
+            score: For methods that select by validation: a state dict to a score, higher is better.
+
+        Returns:
+            The merged weights under the base's names; tied names share one tensor.
+
+        Raises:
+            UserError: The models do not fit the method; see :meth:`check`.
+        """
+        from lightning_merge.methods.streaming import merge_in_memory
+
+        return merge_in_memory(self, task_vectors, transforms, seed, dtype, score)
+
+
+class TensorMerge(MergeMethod):
+    """A merge with one output tensor for each input name."""
+
+
+class ModelMerge(MergeMethod):
+    """A merge that needs whole models between its steps; it reduces to a :class:`TensorMerge` over chosen models."""
+
+    @abstractmethod
+    def plan(
+        self, task_vectors: TaskVectors, transforms: Sequence[Transform], score: Callable[[dict[str, Tensor]], float],
+        seed: int,
+    ) -> tuple[TensorMerge, TaskVectors]:  # fmt: skip
+        """Return the merge and the models to which this method reduces, after asking ``score`` as often as needed."""
+
+    def apply(self, view: TensorView, context: Any) -> Tensor:
+        """Not reached: :meth:`plan` names the merge that is applied."""
+        raise TypeError(f"{type(self).__name__} is applied through its plan.")
+
+
+@dataclass(frozen=True)
+class Transform(MergeMethod):
+    """A change of task vectors before they are merged; used as a method, it means task arithmetic after it."""
+
+
+def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
+    """Spread a setting over the models, in their order.
+
+    Raises:
+        UserError: The setting names a model that is not there, or leaves one out.
+    """
+    if not isinstance(value, Mapping):
+        return [float(value)] * len(models)
+    for name in value:
+        if name not in models:
+            raise unknown(f"model in {what}:", str(name), models)
+    missing = [name for name in models if name not in value]
+    if missing:
+        raise UserError(f"{what} has no value for the model '{missing[0]}'. Expected one for each of {', '.join(models)}.")
+    return [float(value[name]) for name in models]
+
+
+def check_interval(owner: str, name: str, value: Any, allowed: str) -> None:
+    """Refuse a number outside an interval such as ``"(0, 1]"``, with the nearest sensible value.
+
+    Raises:
+        UserError: The value is no number, or lies outside.
+    """
+    low, high = (float(bound) for bound in re.findall(r"-?(?:inf|[\d.]+)", allowed))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def inside(x: float) -> bool:
+        above = x >= low if allowed.startswith("[") else x > low
+        return above and (x <= high if allowed.endswith("]") else x < high)
+
+    if not number or math.isnan(value) or math.isinf(value) or not inside(value):
+        shown = f"{value:g}" if number else repr(value)
+        meant = f" Did you mean {value / 100:g}?" if number and 1 < value <= 100 and inside(value / 100) else ""
+        raise UserError(f"{owner}: {name} must be in {allowed}, got {shown}.{meant}")
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """Sum ``(T, n)`` over the models one after another, so that neither chunks nor threads change a bit."""
+    total = values[0].clone()
+    for row in values[1:]:
+        total += row
+    return total
+
+
+def take_selected(merged_delta: Tensor, view: TensorView) -> Tensor:
+    """Return θ₀ + δ, but the very entry of model t where δ is exactly that model's τ_t.
+
+    θ₀ + (θ_t − θ₀) rounds away up to 1.6 % of the entries where τ is much larger than θ₀.
+    """
+    merged = view.base + merged_delta
+    original = view.original
+    for delta, finetuned in zip(original.deltas, original.finetuned, strict=True):
+        merged = torch.where(merged_delta == delta, finetuned, merged)
+    return merged
+
+
+def kept_count(fraction: float, count: int) -> int:
+    """Return how many of ``count`` entries a fraction means: rounded down, forgiving the fraction's own rounding."""
+    return math.floor(fraction * count + 1e-6)
+
+
+def summary(kind: type) -> str:
+    """Return the first sentence of a class's docstring."""
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,199 @@
+"""Run transforms and a merge over task vectors piece by piece: measure, conclude, apply."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.errors import UserError
+from lightning_merge.methods.base import Context, Header, MergeMethod, ModelMerge, Partial, Step, Transform
+from lightning_merge.task_vectors import TaskVectors, TensorView
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Chain:
+    """Transforms, then a method, over task vectors; yields merged pieces in a fixed order.
+
+    Steps that reach over the model measure it in passes of their own, seeing what the steps before them made of it.
+    Steps that reach over one tensor measure that tensor just before it is used, so that nothing is kept.
+
+    Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
+    a few pieces of 2¹⁸ entries of T models for each thread.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], task_vectors: TaskVectors, seed: int = 0, workers: int | None = None
+    ) -> None:
+        self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
+        self.workers = workers or os.cpu_count() or 1
+        self.passes = 0
+        self._model_contexts: dict[int, Context] = {}
+
+    def run(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield ``(name, start, merged piece)`` for all merged tensors."""
+        for index, step in enumerate(self.steps):
+            if step.reach == "model":
+                self._measure_model(index, step)
+        self.passes += 1
+        yield from self._over_pieces(len(self.steps) - 1, self._apply_last)
+
+    def _apply_last(self, view: TensorView, contexts: dict[int, Context]) -> tuple[str, int, Tensor]:
+        last = len(self.steps) - 1
+        return view.name, view.start, self.steps[last].apply(view, contexts[last])
+
+    def _measure_model(self, index: int, step: Step) -> None:
+        tensors = {name: self.task_vectors.info(name) for name in self.task_vectors.tensor_names}
+        context = step.begin(Header(tensors, self.task_vectors.names, self.seed))
+        while not context.complete:
+            self.passes += 1
+            measuring = context
+            total: Partial = {}
+            for partial in self._over_pieces(index, lambda view, _: step.measure(view, measuring)):
+                add_partial(total, partial)
+            context = step.conclude(total, context)
+        self._model_contexts[index] = context
+
+    def _over_pieces(
+        self, index: int, work: Callable[[TensorView, dict[int, Context]], Result]
+    ) -> Iterator[Result]:
+        """Do ``work`` on every piece as step ``index`` sees it."""
+        names = sorted(self.task_vectors.tensor_names)
+        if any(self._measures_tensors(position) for position in range(index + 1)):
+
+            def whole_tensor(name: str) -> list[Result]:
+                contexts = self._tensor_contexts(name, index)
+                return [work(self._seen_by(name, at, index, contexts), contexts) for at in self.task_vectors.chunks(name)]
+
+            for results in in_order(whole_tensor, names, self.workers):
+                yield from results
+            return
+
+        contexts_of = {name: self._tensor_contexts(name, index) for name in names}
+
+        def piece(at: tuple[str, tuple[int, int]]) -> Result:
+            name, where = at
+            return work(self._seen_by(name, where, index, contexts_of[name]), contexts_of[name])
+
+        pieces = ((name, where) for name in names for where in self.task_vectors.chunks(name))
+        yield from in_order(piece, pieces, self.workers)
+
+    def _measures_tensors(self, position: int) -> bool:
+        step = self.steps[position]
+        return step.reach == "tensor" and not step.elementwise
+
+    def _tensor_contexts(self, name: str, index: int) -> dict[int, Context]:
+        """Conclude every step up to ``index`` for one tensor."""
+        contexts: dict[int, Context] = {}
+        for position, step in enumerate(self.steps[: index + 1]):
+            if position in self._model_contexts:
+                contexts[position] = self._model_contexts[position]
+                continue
+            if step.reach == "model":
+                continue  # the step that is being measured right now
+            header = Header({name: self.task_vectors.info(name)}, self.task_vectors.names, self.seed)
+            context = step.begin(header)
+            while not context.complete:
+                total: Partial = {}
+                for at in self.task_vectors.chunks(name):
+                    add_partial(total, step.measure(self._seen_by(name, at, position, contexts), context))
+                context = step.conclude(total, context)
+            contexts[position] = context
+        return contexts
+
+    def _seen_by(self, name: str, at: tuple[int, int], index: int, contexts: dict[int, Context]) -> TensorView:
+        view = self.task_vectors.view(name, *at)
+        for position in range(index):
+            view = view.with_deltas(self.steps[position].apply(view, contexts[position]))
+        return view
+
+
+def add_partial(total: Partial, partial: Partial) -> None:
+    """Add a partial to ``total`` in place, key by key."""
+    for key, value in partial.items():
+        total[key] = total[key] + value if key in total else value
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Map ``work`` over ``items`` on threads, results in order, only a few ahead of their reader."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def resolve(
+    method: MergeMethod,
+    task_vectors: TaskVectors,
+    transforms: Sequence[Transform] = (),
+    seed: int = 0,
+    score: Callable[[dict[str, Tensor]], float] | None = None,
+) -> tuple[list[Step], TaskVectors]:
+    """Check a merge from headers and reduce it to a list of steps over some of the models.
+
+    Raises:
+        UserError: Something does not fit, or the method needs a ``score`` and none is given.
+    """
+    from lightning_merge.methods.task_arithmetic import TaskArithmetic
+
+    for step in transforms:
+        if not isinstance(step, Transform):
+            raise UserError(
+                f"{type(step).__name__} is a merge method, not a transform of task vectors. "
+                f"Accepted transforms: {', '.join(sorted(kind.__name__ for kind in Transform.__subclasses__()))}."
+            )
+        step.check(task_vectors)
+    method.check(task_vectors)
+    if isinstance(method, Transform):
+        return [*transforms, method, TaskArithmetic()], task_vectors
+    if isinstance(method, ModelMerge):
+        if score is None:
+            raise UserError(
+                f"{type(method).__name__} selects by validation and needs a score. Expected score=... in Python, "
+                "or a merge of 'lightning-merge run', which scores on validation rows."
+            )
+        reduced, chosen = method.plan(task_vectors, transforms, score, seed)
+        return [*transforms, reduced], chosen
+    return [*transforms, method], task_vectors
+
+
+def merge_in_memory(
+    method: MergeMethod,
+    task_vectors: TaskVectors,
+    transforms: Sequence[Transform] = (),
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    score: Callable[[dict[str, Tensor]], float] | None = None,
+) -> dict[str, Tensor]:
+    """Merge into a state dict; see :meth:`MergeMethod.__call__`."""
+    steps, chosen = resolve(method, task_vectors, transforms, seed, score)
+    merged: dict[str, Tensor] = {}
+    for name, info in chosen.template.tensors.items():
+        floating = dtype is not None and info.dtype.is_floating_point
+        if name in chosen.tensor_names:
+            merged[name] = torch.empty(info.numel, dtype=dtype if floating else info.dtype)
+        else:
+            values = chosen.unmerged(name)
+            merged[name] = values.to(dtype) if floating else values
+    for name, start, values in Chain(steps, chosen, seed).run():
+        merged[name][start : start + values.numel()] = values
+    shaped = {name: values.reshape(chosen.shape(name)) for name, values in merged.items()}
+    return chosen.with_tied_names(shaped)

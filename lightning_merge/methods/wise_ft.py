@@ -1,0 +1,39 @@
+"""WiSE-FT (Wortsman et al., 2022, arXiv 2109.01903): interpolate between the pretrained and the fine-tuned weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_merge.methods.base import TensorMerge, hyperparameter, ordered_sum
+from lightning_merge.task_vectors import TensorView
+
+
+@dataclass(frozen=True)
+class WiseFT(TensorMerge):
+    """Interpolate linearly: (1 − α) θ₀ + α θ₁; what fine-tuning gained is kept in part, and robustness returns.
+
+    With one model this is WiSE-FT, and linear interpolation of any two models (one given as the base). With several,
+    the fine-tuned end of the line is their average.
+
+    Args:
+        alpha: Share of the fine-tuned end, in [0, 1]; 0.5 is the paper's choice without tuning.
+
+    Cost: one pass over the base and the models.
+    Reference: Wortsman et al., 2022, Robust fine-tuning of zero-shot models, arXiv 2109.01903, equation 1.
+    """
+
+    alpha: float = hyperparameter(0.5, "[0, 1]")
+
+    paper: ClassVar[str] = "Robust fine-tuning of zero-shot models (Wortsman et al., 2022), arXiv 2109.01903"
+
+    def apply(self, view: TensorView, context: Any) -> Tensor:
+        """Return (1 − α) θ₀ + α · mean of θ_t."""
+        base = view.base.double()
+        if view.untransformed:
+            end = ordered_sum(view.finetuned.double()) / len(view.models)
+            return ((1 - self.alpha) * base + self.alpha * end).to(view.base.dtype)
+        step = ordered_sum(view.deltas.double()) / len(view.models)
+        return (base + self.alpha * step).to(view.base.dtype)

@@ -1,0 +1,407 @@
+"""Task vectors: what fine-tuning changed, τ_t = θ_t − θ₀, for T aligned models over one base (arXiv 2212.04089).
+
+Nothing is held in memory: a task vector is a rule that reads a piece of a tensor when asked. Sums, differences and
+multiples of task vectors are such rules too, so arithmetic on models of any size costs nothing until it is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_merge.errors import UserError, unknown
+from lightning_merge.weights import Finding, TensorInfo, WeightSource, find_incompatibilities, open_weights
+from lightning_merge.weights.compatibility import ignored
+
+# Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
+GRID = 1 << 16
+# Entries of one tensor handled at once: a few MiB a model.
+CHUNK = 4 * GRID
+
+Read = Callable[[str, int, int], Tensor]  # (tensor name, start, stop) -> flat values
+
+
+class TensorView:
+    """A piece of one tensor in the base and in all T models, as merge kernels see it; each part is made when asked for.
+
+    Attributes:
+        name: The tensor's name.
+        start: First flat index of the piece.
+        stop: One past its last flat index.
+        info: Shape and dtype of the whole tensor.
+        models: Names of the T models in sorted order, the order of the first axis below.
+    """
+
+    def __init__(self, space: TaskVectors, name: str, start: int, stop: int) -> None:
+        self.name, self.start, self.stop = name, start, stop
+        self.info = space.info(name)
+        self.models = space.names
+        self._space = space
+        self._deltas: Tensor | None = None
+        # The piece as the models have it, before any transform.
+        self.original: TensorView = self
+
+    @cached_property
+    def base(self) -> Tensor:
+        """θ₀, flat ``(n,)`` in the computing dtype."""
+        return self._space.read_base(self.name, self.start, self.stop)
+
+    @cached_property
+    def finetuned(self) -> Tensor:
+        """θ_t, ``(T, n)`` in the computing dtype; read, not recovered from differences, unless a transform changed them."""
+        if self._deltas is not None:
+            return self.base + self._deltas
+        return torch.stack([self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models])
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """τ_t, ``(T, n)`` in the computing dtype."""
+        if self._deltas is not None:
+            return self._deltas
+        out = torch.empty(len(self.models), self.stop - self.start, dtype=self._space.compute_dtype(self.name))
+        for row, model in zip(out, self.models, strict=True):
+            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
+        return out
+
+    @property
+    def untransformed(self) -> bool:
+        """Whether the deltas are still those of the models."""
+        return self._deltas is None
+
+    def with_deltas(self, deltas: Tensor) -> TensorView:
+        """Return the same piece with other task vectors ``(T, n)``."""
+        view = TensorView(self._space, self.name, self.start, self.stop)
+        if "base" in self.__dict__:
+            view.__dict__["base"] = self.base
+        view._deltas, view.original = deltas, self.original
+        return view
+
+    def __repr__(self) -> str:
+        return f"TensorView('{self.name}', {self.start}:{self.stop}, models={self.models})"
+
+
+class TaskVector:
+    """One task vector, lazily: supports ``+``, ``-``, ``*``, unary ``-``, ``dot``, ``norm`` and ``project_out``."""
+
+    def __init__(self, space: TaskVectors, read: Read, finetuned: Read | None = None) -> None:
+        self.space = space
+        self.read = read
+        # A model's own weights, exact where the difference would round.
+        self.finetuned = finetuned
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        self._require_same_base(other)
+        return TaskVector(self.space, lambda *at: self.read(*at) + other.read(*at))
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        self._require_same_base(other)
+        return TaskVector(self.space, lambda *at: self.read(*at) - other.read(*at))
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector(self.space, lambda *at: self.read(*at) * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> TaskVector:
+        return TaskVector(self.space, lambda *at: self.read(*at) / divisor)
+
+    def __neg__(self) -> TaskVector:
+        return self.negate()
+
+    def negate(self) -> TaskVector:
+        """Return −τ: added to the base, it removes what fine-tuning learned."""
+        return TaskVector(self.space, lambda *at: -self.read(*at))
+
+    def delta(self, name: str) -> Tensor:
+        """Return τ of one tensor in its own shape and the computing dtype."""
+        info = self.space.info(name)
+        return self.read(name, 0, info.numel).reshape(info.shape)
+
+    def dot(self, other: TaskVector) -> float:
+        """Return ⟨τ, τ'⟩ over all tensors; fp64, independent of chunking. Cost: one pass over both."""
+        self._require_same_base(other)
+        return math.fsum(part for name in self.space.tensor_names for part in self._block_dots(other, name))
+
+    def norm(self) -> float:
+        """Return ‖τ‖₂ over all tensors."""
+        return math.sqrt(self.dot(self))
+
+    def cosine(self, other: TaskVector) -> float:
+        """Return the cosine between two task vectors; 0 where one of them is 0."""
+        scale = self.norm() * other.norm()
+        return self.dot(other) / scale if scale else 0.0
+
+    def project_out(self, other: TaskVector) -> TaskVector:
+        """Return what is left of τ, tensor by tensor, without its component along ``other`` (arXiv 2302.12480).
+
+        Per tensor τ − (⟨τ', τ⟩ / ‖τ'‖²) τ'; a tensor in which τ' is 0 stays. Cost: one pass for the products.
+        """
+        self._require_same_base(other)
+        shares: dict[str, float] = {}
+        for name in self.space.tensor_names:
+            square = math.fsum(other._block_dots(other, name))
+            shares[name] = math.fsum(self._block_dots(other, name)) / square if square else 0.0
+        return TaskVector(self.space, lambda name, *at: self.read(name, *at) - shares[name] * other.read(name, *at))
+
+    def apply(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """Return the state dict θ₀ + scale · τ, in the base's dtypes; tied tensors stay one tensor."""
+        space = self.space
+        merged: dict[str, Tensor] = {}
+        for name, info in space.template.tensors.items():
+            if name not in space.tensor_names:
+                merged[name] = space.unmerged(name)
+                continue
+            at = (name, 0, info.numel)
+            whole = self.finetuned is not None and scale == 1
+            values = self.finetuned(*at) if whole and self.finetuned else space.read_base(*at) + scale * self.read(*at)
+            merged[name] = values.to(info.dtype, copy=True).reshape(info.shape)
+        return space.with_tied_names(merged)
+
+    def _block_dots(self, other: TaskVector, name: str) -> Iterator[float]:
+        for start, stop in self.space.chunks(name):
+            mine = self.read(name, start, stop)
+            theirs = mine if other is self else other.read(name, start, stop)
+            yield from block_sums(mine.double() * theirs.double())
+
+    def _require_same_base(self, other: TaskVector) -> None:
+        if other.space.template is not self.space.template:
+            raise UserError(
+                f"Task vectors over different bases cannot be combined ('{self.space.template.label}' and "
+                f"'{other.space.template.label}'). Expected both from one TaskVectors.open(base=...)."
+            )
+
+
+class TaskVectors(Mapping[str, TaskVector]):
+    """T aligned task vectors over one base; a mapping from model name to :class:`TaskVector`.
+
+    Attributes:
+        base: The pretrained model, or ``None`` where only methods without a base are meant.
+        template: What the merged model looks like: the base, or else the first model by name.
+        names: The models, sorted: the order in which sums are taken.
+        tensor_names: The floating-point tensors that are merged.
+        averaged_names: Float buffers (BatchNorm statistics), averaged over the models if so chosen.
+        copied_names: Everything else (integers, ignored tensors), copied from the template.
+        findings: What was noted when the models were compared.
+
+    Use :meth:`open`; algebra gives new sets through :meth:`of`.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource | None,
+        template: WeightSource,
+        vectors: Mapping[str, TaskVector] | None = None,
+        models: Mapping[str, WeightSource] | None = None,
+        ignore: Sequence[str] = (),
+        batch_norm: Literal["average", "base"] = "average",
+    ) -> None:
+        self.base, self.template = base, template
+        self.ignore, self.batch_norm = tuple(ignore), batch_norm
+        self.models = dict(models or {})
+        self.findings: list[Finding] = []
+        self.tensor_names, self.averaged_names, self.copied_names = self._classify()
+        if vectors is None:
+            vectors = {name: self._from_model(model) for name, model in self.models.items()}
+        self._vectors = {name: vectors[name] for name in sorted(vectors)}
+        self.names = tuple(self._vectors)
+
+    @classmethod
+    def open(
+        cls,
+        base: Any = None,
+        models: Mapping[str, Any] | None = None,
+        ignore: Sequence[str] = (),
+        prefix: str = "",
+        batch_norm: Literal["average", "base"] = "average",
+        check: bool = True,
+    ) -> TaskVectors:
+        """Open a base and its fine-tuned models, lazily and memory-mapped.
+
+        Args:
+            base: Anything :func:`lightning_merge.weights.open_weights` opens; ``None`` for plain averages.
+            models: The fine-tuned models by name.
+            ignore: Patterns of tensors that stay as the base has them: task heads, for example.
+            prefix: For checkpoints, the part of the names to keep and drop (``model.``).
+            batch_norm: ``"average"`` BatchNorm statistics over the models, or keep the ``"base"``'s.
+            check: Also judge from a sample of values whether the models share the base (a finding, never an error).
+
+        Raises:
+            UserError: No model, or models whose keys, shapes or dtypes do not fit; before any tensor is merged.
+        """
+        if not models:
+            raise UserError("No models to merge. Expected at least one, for example --models '{cars: path/to/cars}'.")
+        opened = {str(name): open_weights(ref, prefix) for name, ref in models.items()}
+        opened_base = open_weights(base, prefix) if base is not None else None
+        findings = find_incompatibilities(opened_base, opened, ignore, sample=check)
+        errors = [finding.message for finding in findings if finding.level == "ERROR"]
+        if errors:
+            raise UserError("\n".join(errors))
+        template = opened_base if opened_base is not None else opened[min(opened)]
+        vectors = cls(opened_base, template, models=opened, ignore=ignore, batch_norm=batch_norm)
+        vectors.findings = findings
+        return vectors
+
+    @classmethod
+    def of(cls, space: TaskVectors, vectors: Mapping[str, TaskVector]) -> TaskVectors:
+        """Build a set from task vectors that algebra made, over the base of ``space``."""
+        if not vectors:
+            raise UserError("No task vectors to merge. Expected at least one.")
+        for vector in vectors.values():
+            next(iter(vectors.values()))._require_same_base(vector)
+        models = space.models if set(vectors) == set(space.models) else {}
+        return cls(space.base, space.template, vectors, models, space.ignore, "base" if not models else space.batch_norm)
+
+    # --- a mapping -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> TaskVector:
+        if name not in self._vectors:
+            raise unknown("model", name, self._vectors)
+        return self._vectors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._vectors
+
+    def subset(self, names: Sequence[str]) -> TaskVectors:
+        """Return the set of the named models only."""
+        models = {name: self.models[name] for name in names if name in self.models}
+        return TaskVectors(
+            self.base, self.template, {name: self[name] for name in names}, models, self.ignore, self.batch_norm
+        )
+
+    def analogy(self, a: str, b: str, c: str) -> TaskVector:
+        """Return τ_c + (τ_b − τ_a): "a is to b as c is to ..." (arXiv 2212.04089)."""
+        return self[c] + (self[b] - self[a])
+
+    # --- tensors -------------------------------------------------------------------------------------------------
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor in the merged model."""
+        return self.template.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.info(name).shape
+
+    def compute_dtype(self, name: str) -> torch.dtype:
+        """fp32, or fp64 where the base is stored in fp64."""
+        return torch.float64 if self.info(name).dtype == torch.float64 else torch.float32
+
+    @property
+    def numel(self) -> int:
+        """Number of merged entries."""
+        return sum(self.info(name).numel for name in self.tensor_names)
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+        """Yield the flat ranges in which a tensor is handled, aligned to the grid of 2¹⁶ entries."""
+        numel = self.info(name).numel
+        for start in range(0, numel, size):
+            yield start, min(start + size, numel)
+
+    def view(self, name: str, start: int = 0, stop: int | None = None) -> TensorView:
+        """Return a piece of a tensor in all models."""
+        return TensorView(self, name, start, self.info(name).numel if stop is None else stop)
+
+    def delta(self, model: str, name: str) -> Tensor:
+        """Return one model's τ of one tensor, in its own shape and the computing dtype."""
+        return self[model].delta(name)
+
+    def base_tensor(self, name: str) -> Tensor:
+        """Return θ₀ of one tensor, in its own shape and the computing dtype."""
+        return self.read_base(name, 0, self.info(name).numel).reshape(self.shape(name))
+
+    def read_base(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a flat piece of θ₀ in the computing dtype.
+
+        Raises:
+            UserError: There is no base, or the piece holds NaN or infinity.
+        """
+        if self.base is None:
+            raise UserError("Task vectors need a base (τ = θ − θ₀), and none is given. Expected base=... (--base ...).")
+        return self._values(self.base, name, start, stop)
+
+    def read_finetuned(self, model: str, name: str, start: int, stop: int) -> Tensor:
+        """Return a flat piece of a model's weights in the computing dtype, exactly as stored where that is possible."""
+        vector = self[model]
+        if vector.finetuned is not None:
+            return vector.finetuned(name, start, stop)
+        return self.read_base(name, start, stop) + vector.read(name, start, stop)
+
+    def read_delta_into(self, out: Tensor, model: str, name: str, start: int, stop: int, base: Tensor) -> None:
+        """Write a flat piece of τ into ``out``, given the base's piece, which is then not read again."""
+        vector = self[model]
+        if vector.finetuned is not None:
+            torch.sub(vector.finetuned(name, start, stop), base, out=out)
+        else:
+            out.copy_(vector.read(name, start, stop))
+
+    def unmerged(self, name: str) -> Tensor:
+        """Return a tensor that is not merged: averaged BatchNorm statistics, or the template's own values."""
+        info = self.info(name)
+        if name in self.averaged_names and self.models:
+            total = torch.zeros(info.numel, dtype=torch.float64)
+            for model in self.names:
+                total += self._values(self.models[model], name, 0, info.numel)
+            return (total / len(self.names)).reshape(info.shape).to(info.dtype)
+        return self.template.read(name).clone()
+
+    def with_tied_names(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the tied names, each pointing to the very tensor it is tied to."""
+        return {**merged, **{alias: merged[owner] for alias, owner in self.template.aliases.items()}}
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _from_model(self, model: WeightSource) -> TaskVector:
+        def finetuned(name: str, start: int, stop: int) -> Tensor:
+            return self._values(model, name, start, stop)
+
+        def read(name: str, start: int, stop: int) -> Tensor:
+            return finetuned(name, start, stop) - self.read_base(name, start, stop)
+
+        return TaskVector(self, read, finetuned)
+
+    def _values(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
+        stored = source.stored_name(name)
+        if stored is None:
+            # The two files chose different names of one tied tensor.
+            stored = next(s for a, o in self.template.aliases.items() if o == name and (s := source.stored_name(a)))
+        values = source.read(stored).reshape(-1)[start:stop].to(self.compute_dtype(name))
+        # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
+        if not math.isfinite(values.sum().item()) and not values.isfinite().all():
+            what = "NaN" if values.isnan().any() else "infinity"
+            raise UserError(
+                f"Tensor '{stored}' of '{source.label}' holds {what} (among its entries {start} to {stop}). "
+                "Expected finite weights; leave a tensor out of the merge with --ignore REGEX."
+            )
+        return values
+
+    def _classify(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        merged, averaged, copied = [], [], []
+        for name, info in self.template.tensors.items():
+            statistics = name.endswith((".running_mean", ".running_var")) or name in {"running_mean", "running_var"}
+            if not info.dtype.is_floating_point or ignored(name, self.ignore):
+                copied.append(name)
+            elif statistics or name in self.template.buffers:
+                (averaged if self.batch_norm == "average" else copied).append(name)
+            else:
+                merged.append(name)
+        return tuple(merged), tuple(averaged), tuple(copied)
+
+
+def block_sums(values: Tensor) -> list[float]:
+    """Sum flat fp64 values over each grid block of 2¹⁶; ``math.fsum`` over blocks is then exact in any order."""
+    array = values.numpy()
+    whole = len(array) // GRID * GRID
+    # numpy sums in one thread and a fixed order, so that the number of threads never changes a bit.
+    sums = array[:whole].reshape(-1, GRID).sum(axis=1).tolist()
+    return sums + ([float(array[whole:].sum())] if whole < len(array) else [])

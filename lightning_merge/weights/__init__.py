@@ -1,0 +1,31 @@
+"""Tensors in and out of files and modules: opened lazily, checked from headers, written whole or not at all."""
+
+from lightning_merge.weights.compatibility import Finding, find_incompatibilities
+from lightning_merge.weights.source import (
+    MemorySource,
+    SafetensorsSource,
+    WeightSource,
+    open_weights,
+    read_checkpoint,
+    resolve_path,
+    sha256_of_file,
+    sha256_of_source,
+)
+from lightning_merge.weights.tensor_info import TensorInfo
+from lightning_merge.weights.writer import SafetensorsWriter, save_safetensors
+
+__all__ = [
+    "Finding",
+    "MemorySource",
+    "SafetensorsSource",
+    "SafetensorsWriter",
+    "TensorInfo",
+    "WeightSource",
+    "find_incompatibilities",
+    "open_weights",
+    "read_checkpoint",
+    "resolve_path",
+    "save_safetensors",
+    "sha256_of_file",
+    "sha256_of_source",
+]

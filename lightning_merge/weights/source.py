@@ -1,0 +1,324 @@
+"""Anything that holds weights, opened lazily: names, shapes and dtypes first, values on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.errors import UserError
+from lightning_merge.weights.tensor_info import TensorInfo, read_safetensors_header
+
+WeightReference = "str | Path | nn.Module | Mapping[str, Tensor] | WeightSource"
+
+ACCEPTED = (
+    "Accepted: a Hugging Face folder (config.json beside model.safetensors or its shards), a .safetensors file, "
+    "a Lightning .ckpt or another file of torch.save that loads with weights_only=True, "
+    "'package:NAME/FOLDER' for a folder inside an installed package, 'owner/name@revision' on the Hub, "
+    "an nn.Module, a state dict."
+)
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class WeightSource(ABC):
+    """A set of named tensors whose values are read when asked for.
+
+    Attributes:
+        label: How messages call this source: its path, or the class of the module.
+        tensors: Shape and dtype by name, tied copies left out.
+        aliases: Names that share memory with another tensor, each with the name it is stored under.
+        buffers: Names known to be buffers (only a live module knows).
+        folder: The folder with config and tokenizer, where there is one.
+        files: The files that hold the values.
+        metadata: Free text the file carries about itself.
+    """
+
+    label: str
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    buffers: frozenset[str] = frozenset()
+    folder: Path | None = None
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = {}
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return the tensor called ``name`` (or one of its tied names); memory-mapped where the source is a file.
+
+        The values are the source's own: read them, never write to them.
+        """
+
+    def stored_name(self, name: str) -> str | None:
+        """Return the name under which ``name`` is stored here (itself, or the tensor it is tied to), or ``None``."""
+        if name in self.tensors:
+            return name
+        return self.aliases.get(name)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The ``config.json`` of the folder, where there is one."""
+        path = self.folder / "config.json" if self.folder else None
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+
+    @property
+    def numel(self) -> int:
+        """Number of entries over all stored tensors."""
+        return sum(info.numel for info in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}('{self.label}', {len(self.tensors)} tensors)"
+
+
+class SafetensorsSource(WeightSource):
+    """Weights in one or several safetensors files; values stay memory-mapped until they are used."""
+
+    def __init__(self, label: str, files: list[Path], folder: Path | None = None) -> None:
+        self.label = label
+        self.folder = folder
+        self.files = tuple(files)
+        self.aliases = {}
+        self.tensors = {}
+        self.metadata = {}
+        self._file_of: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        for file in files:
+            tensors, metadata = read_safetensors_header(file)
+            self.metadata = {**self.metadata, **metadata}
+            for name, info in tensors.items():
+                if name in self._file_of:
+                    raise UserError(
+                        f"Tensor '{name}' stands in two shards of '{label}': {self._file_of[name].name} and {file.name}. "
+                        "Expected each tensor once."
+                    )
+                self.tensors[name] = info
+                self._file_of[name] = file
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor called ``name``, memory-mapped."""
+        from safetensors import safe_open
+
+        file = self._file_of[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(file), framework="pt").__enter__()
+        return self._handles[file].get_tensor(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A file handle does not travel to another process; it is opened again on first use.
+        return {**self.__dict__, "_handles": {}}
+
+
+class MemorySource(WeightSource):
+    """Weights that live in memory (or in a memory-mapped checkpoint) as a state dict; tied tensors are recognised."""
+
+    def __init__(
+        self,
+        label: str,
+        state_dict: Mapping[str, Tensor],
+        buffers: frozenset[str] = frozenset(),
+        files: tuple[Path, ...] = (),
+        folder: Path | None = None,
+    ) -> None:
+        self.label = label
+        self.files = files
+        self.folder = folder
+        self.buffers = buffers
+        self.tensors = {}
+        self.aliases = {}
+        self._values: dict[str, Tensor] = {}
+        owners: dict[tuple[Any, ...], str] = {}
+        for name, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                continue  # extra state of a module is no weight
+            value = value.detach()
+            key = (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            if value.numel() and key in owners:
+                self.aliases[name] = owners[key]
+                continue
+            owners[key] = name
+            self.tensors[name] = TensorInfo(tuple(value.shape), value.dtype)
+            self._values[name] = value
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor called ``name``, sharing memory with its owner."""
+        return self._values[self.aliases.get(name, name)]
+
+
+def open_weights(ref: Any, prefix: str = "") -> WeightSource:
+    """Open anything that holds weights without reading the values.
+
+    Args:
+        ref: A Hugging Face folder (sharded or not), a ``.safetensors`` file, a Lightning ``.ckpt`` (or another file
+            of ``torch.save``), ``package:NAME/FOLDER``, ``owner/name@revision`` on the Hub, an ``nn.Module``, a state
+            dict, or a :class:`WeightSource`, which is returned as it is.
+        prefix: For checkpoints: keep the tensors whose name begins with it, and drop it (``model.``).
+
+    Raises:
+        UserError: Nothing is there, the file is damaged, or loading it would run code.
+
+    Cost: the headers are read, nothing else.
+    """
+    if isinstance(ref, WeightSource):
+        return ref
+    if isinstance(ref, nn.Module):
+        state_dict = ref.state_dict(keep_vars=True)
+        parameters = {id(parameter) for parameter in ref.parameters()}
+        buffers = frozenset(name for name, value in state_dict.items() if id(value) not in parameters)
+        return MemorySource(type(ref).__name__, state_dict, buffers=buffers)
+    if isinstance(ref, Mapping):
+        return MemorySource("state dict", ref)
+    if not isinstance(ref, (str, Path)):
+        raise UserError(f"A {type(ref).__name__} holds no weights that can be opened. {ACCEPTED}")
+    path = resolve_path(ref)
+    if path.is_dir():
+        return _open_folder(path, str(ref))
+    if path.suffix == ".safetensors":
+        return SafetensorsSource(str(ref), [path], folder=path.parent if (path.parent / "config.json").is_file() else None)
+    if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+        return _open_checkpoint(path, str(ref), prefix)
+    raise UserError(f"'{ref}' has the unknown suffix '{path.suffix}'. {ACCEPTED}")
+
+
+def resolve_path(ref: str | Path) -> Path:
+    """Return the local path a reference names: itself, a folder of an installed package, or a snapshot of the Hub.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    text = str(ref)
+    if text.startswith("package:"):
+        package, _, inner = text.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or spec.origin is None:
+            hint = f"pip install {package.replace('_', '-')}"
+            raise UserError(f"'{text}' names the package '{package}', which is not installed. Try: {hint}")
+        path = Path(spec.origin).parent / inner
+        if not path.exists():
+            raise UserError(f"The package '{package}' holds no '{inner}'. Expected a folder or file inside it.")
+        return path
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", text):
+        return _snapshot(text)
+    raise UserError(f"Nothing is at '{ref}'. {ACCEPTED}")
+
+
+def _snapshot(ref: str) -> Path:
+    """Fetch ``owner/name@revision`` from the Hub (weights, config and tokenizer only, never code or pickles)."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = ref.partition("@")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises many kinds: offline, unknown repository, gated, ...
+        raise UserError(f"'{ref}' could not be fetched from the Hub: {error}. {ACCEPTED}") from error
+
+
+def _open_folder(path: Path, label: str) -> WeightSource:
+    """Open a Hugging Face folder: a single file, or shards with their index."""
+    if (path / INDEX_FILE).is_file():
+        try:
+            weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"'{path / INDEX_FILE}' is no index of shards ({error}). Expected a 'weight_map'.") from error
+        source = SafetensorsSource(label, [path / name for name in sorted(set(weight_map.values()))], folder=path)
+        missing = sorted(set(weight_map) - set(source.tensors))
+        if missing:
+            raise UserError(
+                f"'{label}' lacks the tensor '{missing[0]}' ({len(missing)} missing), which its index places in "
+                f"'{weight_map[missing[0]]}'. Expected complete shards."
+            )
+        return source
+    if (path / SINGLE_FILE).is_file():
+        return SafetensorsSource(label, [path / SINGLE_FILE], folder=path)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"'{label}' is a PEFT adapter, not a full model. Merge it into its base first "
+            "(peft: model.merge_and_unload()) and save the result as safetensors."
+        )
+    safetensors = sorted(path.glob("*.safetensors"))
+    if len(safetensors) == 1:
+        return SafetensorsSource(label, safetensors, folder=path)
+    held = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+    raise UserError(f"The folder '{label}' holds no model.safetensors (it holds {held}). {ACCEPTED}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a file of ``torch.save`` memory-mapped and without running any code it may hold.
+
+    Raises:
+        UserError: The file is damaged, or it holds objects that only running code could rebuild.
+    """
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error)
+        if "weights_only" in reason or "Unsupported" in reason or "GLOBAL" in reason:
+            named = re.search(r"GLOBAL\s+(\S+)", reason)
+            what = f"an object of {named.group(1).rstrip('.,')}" if named else "an object"
+            raise UserError(
+                f"'{path}' holds {what}, and rebuilding it could run code, so it is not loaded. "
+                "Expected plain tensors: save with save_weights_only=True, or as safetensors."
+            ) from error
+        raise UserError(f"'{path}' cannot be read as a checkpoint ({reason.splitlines()[0]}). {ACCEPTED}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds a {type(content).__name__}. Expected a checkpoint or a state dict.")
+    return content
+
+
+def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
+    """Open the state dict of a checkpoint; ``prefix`` selects and is dropped."""
+    content = read_checkpoint(path)
+    state_dict = content.get("state_dict", content)
+    state_dict = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    if prefix:
+        chosen = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if not chosen:
+            first = next(iter(state_dict), "none")
+            raise UserError(f"No tensor of '{label}' begins with the prefix '{prefix}'. Its first is '{first}'.")
+        state_dict = chosen
+    if not state_dict:
+        raise UserError(f"'{label}' holds no tensors. Expected a checkpoint with a state_dict.")
+    return MemorySource(label, state_dict, files=(path,))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file as hex; one sequential read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_source(source: WeightSource) -> str:
+    """Return one sha256 for a source: of its file, of its shards in name order, or of names and values in memory."""
+    if len(source.files) == 1:
+        return sha256_of_file(source.files[0])
+    digest = hashlib.sha256()
+    if source.files:
+        for file in sorted(source.files, key=lambda path: path.name):
+            digest.update(f"{file.name}:{sha256_of_file(file)};".encode())
+        return digest.hexdigest()
+    for name in sorted(source.tensors):
+        value = source.read(name).cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
