@@ -103,6 +103,8 @@ class MergedModel(nn.Module):
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         encoder = self.encoder if task is None else self._encoders[self._task(task)]
         rows = _as_batch(inputs)
+        if len(rows) == 0:
+            raise UserError("The list of inputs is empty. Accepted: one input or more.")
         # texts of like length together: a batch is padded to its longest
         order = list(range(len(rows)))
         if not isinstance(rows, (Tensor, np.ndarray)):

@@ -21,7 +21,7 @@ from lightning_merge.weights.compatibility import ignored
 # Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
 GRID = 1 << 16
 # Entries of one tensor handled at once: a few MiB a model.
-CHUNK = 4 * GRID
+CHUNK = 2 * GRID
 
 Read = Callable[[str, int, int], Tensor]  # (tensor name, start, stop) -> flat values
 
@@ -43,8 +43,7 @@ class TensorView:
         self.models = space.names
         self._space = space
         self._deltas: Tensor | None = None
-        # The piece as the models have it, before any transform.
-        self.original: TensorView = self
+        self._original: TensorView | None = None
 
     @cached_property
     def base(self) -> Tensor:
@@ -69,6 +68,11 @@ class TensorView:
         return out
 
     @property
+    def original(self) -> TensorView:
+        """The piece as the models have it, before any transform."""
+        return self if self._original is None else self._original
+
+    @property
     def untransformed(self) -> bool:
         """Whether the deltas are still those of the models."""
         return self._deltas is None
@@ -78,7 +82,7 @@ class TensorView:
         view = TensorView(self._space, self.name, self.start, self.stop)
         if "base" in self.__dict__:
             view.__dict__["base"] = self.base
-        view._deltas, view.original = deltas, self.original
+        view._deltas, view._original = deltas, self.original
         return view
 
     def __repr__(self) -> str:

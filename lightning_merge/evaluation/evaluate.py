@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError, nearest
-from lightning_merge.evaluation.results import TEST, Score
+from lightning_merge.evaluation.records import TEST, Score
 
 
 class EvaluationData(Protocol):

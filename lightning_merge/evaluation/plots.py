@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from lightning_merge.evaluation.diagnostics import TaskVectorStatistics
-from lightning_merge.evaluation.results import INDIVIDUAL, PRETRAINED, Results
+from lightning_merge.evaluation.records import INDIVIDUAL, PRETRAINED
+from lightning_merge.evaluation.results import Results
 from lightning_merge.evaluation.style import (
     CEILING,
     DASHES,
     FLOOR,
     MARKERS,
     PALETTE,
-    SETTINGS,
     darker,
+    drawing,
     model_styles,
     new_figure,
     place_labels,
@@ -40,7 +41,7 @@ CAPTIONS = {
     "cosine.png": (
         "Cosine of the task vectors",
         "Near 0: the fine-tunings moved the weights in unrelated directions. The scale of the colours follows the "
-        "largest value off the diagonal.",
+        "largest value off the diagonal, and is at least 0.2 wide.",
     ),
     "conflict.png": (
         "Sign conflict",
@@ -60,7 +61,6 @@ def plot_tasks(results: Results, path: str | Path) -> Path:
         results: what to show; failed models are left out.
         path: PNG to write; the CSV goes beside it.
     """
-    import matplotlib
     from matplotlib.patheffects import withStroke
 
     styles = model_styles(results)
@@ -74,20 +74,20 @@ def plot_tasks(results: Results, path: str | Path) -> Path:
     legend_columns = max(1, min(len(merged) + 2, int(width / 1.9)))
     legend_lines = math.ceil((len(merged) + 2) / legend_columns)
     rows = []
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = new_figure(width, 0.3 + 2.7 * lines + 0.22 * legend_lines)
         grid = figure.subplots(lines, 1, sharey=True, squeeze=False)[:, 0]
         handles = {}
         for line, axes in enumerate(grid):
             shown = tasks[line * per_line : (line + 1) * per_line]
-            step = 0.8 / max(1, len(merged))
+            step = min(0.25, 0.8 / max(1, len(merged)))
             for column, task in enumerate(shown):
                 for place, name in enumerate(merged):
                     score = results.score(name, task)
                     if score is None:
                         continue
                     handles[name] = axes.bar(
-                        column - 0.4 + (place + 0.5) * step,
+                        column + (place + 0.5 - len(merged) / 2) * step,
                         100 * score.value,
                         width=step * 0.88,
                         yerr=100 * score.stderr,
@@ -136,23 +136,21 @@ def plot_id_ood(results: Results, path: str | Path) -> Path | None:
     Returns:
         The path, or ``None`` (nothing written) where no model has scores on both.
     """
-    import matplotlib
-
     tasks = [task for task in results.tasks if results.datasets("ood", task)]
-    rows = []
+    rows: list[tuple[str, float, float, int]] = []
     for name in results.models:
         inside = [value for task in tasks if (value := results.accuracy(name, task)) is not None]
         outside = results.ood_mean(name)
         if tasks and outside is not None and len(inside) == len(tasks):
-            rows.append([name, sum(inside) / len(inside), outside, len(tasks)])
+            rows.append((name, sum(inside) / len(inside), outside, len(tasks)))
     if not rows:
         return None
     styles = model_styles(results)
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = new_figure(6.4, 5.0)
         axes = figure.subplots()
         x, y = [100 * row[1] for row in rows], [100 * row[2] for row in rows]
-        for row, right, up in zip(rows, x, y):
+        for row, right, up in zip(rows, x, y, strict=True):
             style = styles[row[0]]
             size = 110 if style.marker == "*" else 46
             axes.scatter(right, up, color=style.color, marker=style.marker, s=size, linewidths=0, zorder=3)
@@ -166,7 +164,8 @@ def plot_id_ood(results: Results, path: str | Path) -> Path | None:
         few = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''} with OOD sets"
         axes.set_xlabel(f"in-domain accuracy (%), mean over the {few}")
         axes.set_ylabel("out-of-domain accuracy (%)")
-        place_labels(axes, list(zip(x, y)), [row[0] for row in rows], [darker(styles[row[0]].color) for row in rows])
+        colors = [darker(styles[row[0]].color) for row in rows]
+        place_labels(axes, list(zip(x, y, strict=True)), [row[0] for row in rows], colors)
     return write_figure(figure, Path(path), ("model", "id_accuracy", "ood_accuracy", "tasks"), rows)
 
 
@@ -177,15 +176,13 @@ def plot_cosine(statistics: TaskVectorStatistics, path: str | Path) -> Path:
         statistics: of T task vectors.
         path: PNG to write.
     """
-    import matplotlib
-
     names, cosine = statistics.names, statistics.cosine
     count = len(names)
     off = cosine[~np.eye(count, dtype=bool)]
     off = off[np.isfinite(off)]
     limit = float(max(0.2, np.abs(off).max())) if off.size else 1.0
     size = max(3.4, 0.62 * count + 1.6)
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = new_figure(size + 1.0 + 0.07 * max(len(name) for name in names), size)
         axes = figure.subplots()
         shown = np.where(np.eye(count, dtype=bool), np.nan, cosine)
@@ -194,7 +191,8 @@ def plot_cosine(statistics: TaskVectorStatistics, path: str | Path) -> Path:
         for row in range(count):
             for column in range(count):
                 value = cosine[row, column]
-                dark = row != column and abs(value) > 0.5 * limit
+                red, green, blue, _ = image.to_rgba(value) if row != column else (1.0, 1.0, 1.0, 1.0)
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 text = f"{value:.2f}".replace("-", "−") if np.isfinite(value) else "n/a"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "#111111")
         axes.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
@@ -203,7 +201,7 @@ def plot_cosine(statistics: TaskVectorStatistics, path: str | Path) -> Path:
         for spine in axes.spines.values():
             spine.set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="cosine")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     rows = [[names[i], names[j], float(cosine[i, j])] for i in range(count) for j in range(count)]
     return write_figure(figure, Path(path), ("task", "other_task", "cosine"), rows)
 
@@ -215,14 +213,13 @@ def plot_conflict(statistics: TaskVectorStatistics, path: str | Path) -> Path:
         statistics: of at least two task vectors; entries with fewer than two non-zero deltas take no part.
         path: PNG to write.
     """
-    import matplotlib
-
     counts, edges = statistics.conflict_counts, statistics.conflict_edges
     shares = 100.0 * counts / max(1, int(counts.sum()))
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = new_figure(6.0, 3.4)
         axes = figure.subplots()
-        axes.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=PALETTE[0], edgecolor="white", linewidth=0.8)
+        width = np.diff(edges)
+        axes.bar(edges[:-1], shares, width=width, align="edge", color=PALETTE[0], edgecolor="white", linewidth=0.8)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, max(1.0, 1.18 * float(shares.max(initial=0.0))))
         if math.isfinite(statistics.conflict_mean):
@@ -255,12 +252,10 @@ def plot_layers(statistics: TaskVectorStatistics, path: str | Path) -> Path:
         statistics: of T task vectors over B blocks.
         path: PNG to write.
     """
-    import matplotlib
-
     relative = statistics.relative_block_norms
     blocks = statistics.blocks
     labels = [_short(block) for block in blocks]
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = new_figure(max(6.4, 2.6 + 0.34 * len(blocks)), 3.8)
         axes = figure.subplots()
         for place, name in enumerate(statistics.names):
@@ -303,7 +298,7 @@ def write_plots(results: Results, folder: str | Path, statistics: TaskVectorStat
         statistics: of the task vectors; without it the three pictures of them are left out.
     """
     folder = Path(folder)
-    written: list[Path | None] = [plot_tasks(results, folder / "tasks.png"), plot_id_ood(results, folder / "id_ood.png")]
+    written = [plot_tasks(results, folder / "tasks.png"), plot_id_ood(results, folder / "id_ood.png")]
     if statistics is not None:
         if len(statistics.names) > 1:  # one task vector has nothing to be compared with
             written.append(plot_cosine(statistics, folder / "cosine.png"))

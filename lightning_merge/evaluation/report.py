@@ -52,15 +52,16 @@ td small { display: block; color: var(--soft); font-size: 0.82em; }
 td.best { background: var(--best); } td.best b { color: var(--accent); }
 .failed { color: var(--warn); }
 figure { margin: 0 0 1.6rem; } figure h3 { font-size: 1rem; margin: 0 0 0.4rem; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; padding: 0.7rem;
-  border: 1px solid var(--line); border-radius: 8px; }
+.picture { overflow-x: auto; background: #fff; padding: 0.7rem; border: 1px solid var(--line); border-radius: 8px; }
+figure img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: 0.4rem; max-width: 46rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 0 1.5rem; }
 .pictures .wide { grid-column: 1 / -1; }
 details { margin: 0.6rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem;
   font-size: 0.85rem; }
-@media (max-width: 40rem) { th[scope=row] { max-width: 8rem; } th, td { padding: 0.4rem 0.5rem; } }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 42rem; }
+  th[scope=row] { max-width: 8rem; } th, td { padding: 0.4rem 0.5rem; } }
 """
 
 
@@ -145,12 +146,13 @@ def _headline(results: Results) -> list[str]:
         return [f"{len(results.tasks)} tasks; no merged model has been evaluated on all of them."]
     best = max(merged, key=lambda name: merged[name])
     share, weakest = results.normalized_mean(best), results.weakest(best)
-    sentence = f"Of {len(merged)} merged models, {best} answers the {len(results.tasks)} tasks best: {percent(merged[best])} %"
+    sentence = f"Of {len(merged)} merged models, {best} answers the {len(results.tasks)} tasks best: "
+    sentence += f"{percent(merged[best])} %"
     sentence += f" on average, {percent(share)} % of the individual models" if share is not None else " on average"
     sentence += f"; its weakest task is {weakest} at {percent(results.minimum(best))} %."
     if "pretrained" in means:
         sentence += f" The pretrained model stands at {percent(means['pretrained'])} %."
-    return [sentence, "It is named after the fact, on the test rows: expect a little less of it on fresh data."]
+    return [sentence, "Naming the best one by its test rows is a choice too: expect a little less of it on fresh data."]
 
 
 def _table(results: Results, columns: Sequence[Column]) -> str:
@@ -217,8 +219,9 @@ def _figure(path: Path) -> str:
     title, caption = CAPTIONS.get(path.name, (path.stem.replace("_", " "), ""))
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
-        f'<figure{" class=wide" if path.name == "tasks.png" else ""}><h3>{escape(title)}</h3>'
-        f'<img alt="{escape(title)}. {escape(caption)}" src="data:image/png;base64,{content}">'
+        f"<figure{' class=wide' if path.name == 'tasks.png' else ''}><h3>{escape(title)}</h3>"
+        f'<div class="picture"><img alt="{escape(title)}. {escape(caption)}" '
+        f'src="data:image/png;base64,{content}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

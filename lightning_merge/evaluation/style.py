@@ -1,27 +1,30 @@
-"""How pictures look: one colour-blind-safe colour a model, labels that keep off each other, PNG with the data as CSV."""
+"""How pictures look: a colour-blind-safe colour a model, labels that keep off each other, PNG with the data as CSV."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_merge.evaluation.results import INDIVIDUAL, PRETRAINED, Results
+from lightning_merge.evaluation.records import INDIVIDUAL, PRETRAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without the yellow (too pale on white), then a dark teal, a wine and an olive of like contrast.
+    from lightning_merge.evaluation.results import Results
+
+# Okabe and Ito's colours without the yellow (too pale on white), then a dark teal, a wine and an olive.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#005F60", "#882255", "#7F7F00")
 FLOOR, CEILING = "#7A7A7A", "#111111"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 HATCHES = ("", "////", "....", "xxxx")
 DASHES = ("-", "--", "-.", ":")
 DPI = 160
-SETTINGS = {
+SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -57,13 +60,21 @@ def darker(color: str) -> str:
     return "#" + "".join(f"{int(0.7 * int(color[at : at + 2], 16)):02x}" for at in (1, 3, 5))
 
 
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw with the house's settings and leave the caller's as they were."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Make a figure of its own (inches), without pyplot and its global state."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -71,8 +82,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 def write_figure(figure: Figure, path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
     """Write the picture to ``path`` (.png) and the data behind it to the same name with .csv; return ``path``."""
-    import matplotlib
-
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_suffix(".csv")
     partial = data.with_name(data.name + ".partial")
@@ -82,13 +91,15 @@ def write_figure(figure: Figure, path: Path, header: Sequence[str], rows: Sequen
         writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
     os.replace(partial, data)
     partial = path.with_name(path.name + ".partial")
-    with matplotlib.rc_context(SETTINGS):
+    with drawing():
         figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
     os.replace(partial, path)
     return path
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str]) -> None:
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str]
+) -> None:
     """Write a label beside each point where it covers no other label and no point; far ones get a thin line.
 
     Greedy: for each point the nearest free place of several directions and distances; limits of the axes must be
@@ -102,7 +113,8 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     taken: list[tuple[float, float, float, float]] = [
         (x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in spots
     ]
-    for (x, y), text, color in sorted(zip(spots, texts, colors), key=lambda entry: (-entry[0][1], entry[0][0])):
+    entries = sorted(zip(spots, texts, colors, strict=True), key=lambda entry: (-entry[0][1], entry[0][0]))
+    for (x, y), text, color in entries:
         width, height = _text_size(axes, text)
         best: tuple[float, float, float, float, float] | None = None
         for distance in (8, 14, 22, 32, 44, 58, 74):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -12,8 +13,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from lightning_merge.evaluation.records import INDIVIDUAL, PRETRAINED, ModelFacts
+
 if TYPE_CHECKING:
-    from lightning_merge.evaluation.results import ModelFacts, Results
+    from lightning_merge.evaluation.results import Results
 
 ABSENT = "—"
 PLAIN_WIDTH = 110
@@ -91,8 +94,6 @@ def human_seconds(value: float) -> str:
 
 def rows(results: Results) -> list[str]:
     """Models in the order of the rows; pretrained and individual always stand there, evaluated or not."""
-    from lightning_merge.evaluation.results import INDIVIDUAL, PRETRAINED
-
     return [PRETRAINED, INDIVIDUAL, *(name for name in results.models if name not in (PRETRAINED, INDIVIDUAL))]
 
 
@@ -106,12 +107,12 @@ def task_columns(results: Results, paired_stderr: bool = False) -> list[Column]:
 
     Args:
         results: what to show.
-        paired_stderr: put the paired standard error behind the difference, where there is room.
+        paired_stderr: give the difference its own line, with its paired standard error.
     """
     columns = []
     for task in results.tasks:
         cells = [_task_cell(results, model, task, paired_stderr) for model in rows(results)]
-        columns.append(Column(task, tuple(cells), _best(results, lambda model, task=task: results.accuracy(model, task))))  # type: ignore[misc]
+        columns.append(Column(task, tuple(cells), _best(results, partial(results.accuracy, task=task))))
     return columns
 
 
@@ -167,15 +168,17 @@ def _task_cell(results: Results, model: str, task: str, paired_stderr: bool) -> 
     if score is None:
         return (ABSENT,)
     figure = f"{percent(score.value)} ±{percent(score.stderr)}"
-    if model == "individual":
+    if model == INDIVIDUAL:
         return (figure, "100%")
     share = results.normalized(model, task)
-    difference = results.difference(model, task) if "individual" in results.models else None
+    difference = results.difference(model, task) if INDIVIDUAL in results.models else None
     if difference is None:
         return (figure,)
-    behind = f" ±{percent(difference.stderr)}" if paired_stderr else ""
-    before = "" if share is None else f"{percent(share)}% "
-    return (figure, f"{before}{percent(difference.value, signed=True)}{behind}")
+    shared = [] if share is None else [f"{percent(share)}%"]
+    moved = percent(difference.value, signed=True)
+    if paired_stderr:
+        return (figure, *shared, f"{moved} ±{percent(difference.stderr)}")
+    return (figure, " ".join([*shared, moved]))
 
 
 def _best(results: Results, figure: Callable[[str], float | None]) -> frozenset[int]:
@@ -236,7 +239,7 @@ def _fit(columns: Sequence[Column], names: Sequence[str], width: int) -> list[li
     sizes = [_width(column) for column in columns]
     fitted: list[list[Column]] = []
     room = 0
-    for column, size in zip(columns, sizes):
+    for column, size in zip(columns, sizes, strict=True):
         if not fitted or size + 2 > room:
             fitted.append([])
             room = width - first - 1
@@ -301,7 +304,7 @@ def markdown(results: Results) -> str:
     parts = ["## Accuracy by task", "", *_markdown_table(results, task_columns(results, paired_stderr=True)), ""]
     parts += ["## Over all tasks", "", *_markdown_table(results, quality_columns(results)), ""]
     parts += ["## Parameters and cost", "", *_markdown_table(results, cost_columns(results)), ""]
-    parts += [line for name, error in errors(results).items() for line in (f"- `{_cell(name)}` failed: {_cell(error)}",)]
+    parts += [f"- {_cell(name)} failed: {_cell(error)}" for name, error in errors(results).items()]
     parts += ["", *(line for text in CAPTION for line in (text, ""))]
     return "\n".join(parts).rstrip("\n") + "\n"
 

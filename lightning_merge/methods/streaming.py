@@ -26,7 +26,7 @@ class Chain:
     Steps that reach over one tensor measure that tensor just before it is used, so that nothing is kept.
 
     Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
-    a few pieces of 2¹⁸ entries of T models for each thread.
+    a few pieces of 2¹⁷ entries of T models for each thread.
     """
 
     def __init__(
@@ -126,7 +126,9 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     if workers == 1:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    threads = torch.get_num_threads()
+    # Pieces are small and already run side by side: threads inside an operation would only wait for each other.
+    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -138,6 +140,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         finally:
             for future in waiting:
                 future.cancel()
+            torch.set_num_threads(threads)
 
 
 def resolve(

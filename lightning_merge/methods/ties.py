@@ -21,7 +21,7 @@ from lightning_merge.methods.base import (
     ordered_sum,
     take_selected,
 )
-from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
+from lightning_merge.methods.top_k import LargestEntries
 from lightning_merge.task_vectors import TensorView
 
 
@@ -39,12 +39,11 @@ def disjoint_merge(deltas: Tensor, sign: Tensor, operation: Literal["mean", "sum
     agreeing = torch.zeros_like(sign)
     count = torch.zeros_like(sign)
     for delta in deltas:
-        agrees = delta * sign > 0
-        # The product may underflow to 0 where the delta is tiny: the signs themselves cannot.
-        agrees |= (torch.sign(delta) == sign) & (delta != 0)
-        agreeing += torch.where(agrees, delta, 0.0)
-        count += agrees
-    return agreeing / count.clamp(min=1) if operation == "mean" else agreeing
+        along = (delta * sign).clamp_(min=0)  # exact, since the sign is -1, 0 or 1
+        agreeing += along
+        count += along > 0
+    agreeing *= sign
+    return agreeing / count.clamp_(min=1) if operation == "mean" else agreeing
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Ties(TensorMerge):
         scope: Trim over the whole ``model`` (paper) or over each ``tensor`` (mergekit, peft).
 
     Cost: two counting passes for the trim (a third where ties are broken), one for the signs, one to merge; no
-        sorting, extra memory of some pieces of 2¹⁸ entries of T models, for any size of model.
+        sorting, extra memory of some pieces of 2¹⁷ entries of T models, for any size of model.
     Reference: Yadav et al., 2023, TIES-Merging, arXiv 2306.01708, algorithm 1. (The released code keeps one entry
         more and fails at density 1.)
     """
@@ -115,4 +114,4 @@ class Ties(TensorMerge):
     def _trimmed(self, view: TensorView, context: _Election) -> Tensor:
         if context.largest is None:
             return view.deltas
-        return torch.where(context.largest.mask(view, magnitude_bits(view.deltas)), view.deltas, 0.0)
+        return context.largest.trim(view)

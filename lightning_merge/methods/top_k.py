@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_merge.methods.base import Context, Partial
 from lightning_merge.task_vectors import GRID, TensorView
@@ -96,7 +96,7 @@ class LargestEntries(Context):
             self.complete = not any(threshold.tied for threshold in self.groups.values())
         else:
             for key, threshold in self.groups.items():
-                before = torch.zeros_like(threshold.ranks)
+                before = torch.zeros_like(threshold.equal_kept)
                 at = [where for where in partial if self.group(where[0]) == key]  # type: ignore[index]
                 for where in sorted(at):  # type: ignore[type-var]
                     threshold.equal_before[where] = before  # type: ignore[index]
@@ -104,6 +104,19 @@ class LargestEntries(Context):
             self.complete = True
         self.stage += 1
         return self
+
+    def trim(self, view: TensorView, rank: int = 0) -> Tensor:
+        """Return the task vectors ``(T, n)`` of a piece with all but the largest entries set to 0."""
+        threshold = self.groups[self.group(view.name)]
+        assert threshold.bits is not None
+        deltas = view.deltas
+        if threshold.tied or deltas.dtype != torch.float32:
+            return torch.where(self.mask(view, magnitude_bits(deltas), rank), deltas, 0.0)
+        bits = threshold.bits[:, rank].tolist()
+        # hardshrink keeps |δ| > λ: one operation, where comparing patterns takes three.
+        return torch.stack(
+            [nn.functional.hardshrink(row, _below(b)) if b else row for row, b in zip(deltas, bits, strict=True)]
+        )
 
     def mask(self, view: TensorView, patterns: Tensor, rank: int = 0) -> Tensor:
         """Return which entries of a piece, ``(T, n)``, are among the largest of their task and group."""
@@ -120,9 +133,14 @@ class LargestEntries(Context):
         return larger | equal
 
 
+def _below(bits: int) -> float:
+    """Return the largest fp32 number whose pattern lies below ``bits``."""
+    return float(torch.tensor(bits - 1, dtype=torch.int32).view(torch.float32))
+
+
 def magnitude_bits(deltas: Tensor) -> Tensor:
     """Return the fp32 pattern of |δ| as int32, which orders like |δ|."""
-    return deltas.to(torch.float32).abs().view(torch.int32)
+    return deltas.to(torch.float32).view(torch.int32).bitwise_and(0x7FFFFFFF)
 
 
 def _low_counts(patterns: Tensor, bucket: int) -> Tensor:

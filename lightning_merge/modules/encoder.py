@@ -171,8 +171,11 @@ class Encoder(nn.Module):
                     for name in tensors:
                         if name not in complete:
                             raise unknown("tensor", name, complete)
-                    complete.update(tensors)
-                    backbone, report = model_class.from_pretrained(None, state_dict=complete, **arguments)
+                    # transformers makes parameters of the very tensors it is given
+                    complete.update({name: tensor.detach().clone() for name, tensor in tensors.items()})
+                    backbone, report = _concrete(model_class, config).from_pretrained(
+                        None, state_dict=complete, **arguments
+                    )
         except UserError:
             raise
         except Exception as error:  # transformers raises OSError, RuntimeError, ValueError, SafetensorError and others
@@ -189,14 +192,14 @@ class Encoder(nn.Module):
                 f"Pooling 'pooler' needs a pooler layer, which the {config.model_type} model in '{source}' "
                 "does not have. Accepted: 'cls', 'mean'."
             )
-        return cls(backbone.eval(), processor, chosen, source)
+        return cls(backbone, processor, chosen, source).eval()
 
     def reconfigured(self, pooling: Pooling | None = None, max_length: int | None = None) -> Encoder:
         """Return an encoder over the same backbone (shared, not copied) with another pooling or length of text."""
         processor = self.processor
         if isinstance(processor, TextProcessor) and max_length is not None:
             processor = TextProcessor(processor.tokenizer, max_length)
-        return Encoder(self.backbone, processor, pooling or self.pooling, self.folder)
+        return Encoder(self.backbone, processor, pooling or self.pooling, self.folder).train(self.training)
 
     def preprocess(self, inputs: Any) -> dict[str, Tensor]:
         """Turn the raw inputs of a data batch into the backbone's tensors, on the CPU.
@@ -309,7 +312,7 @@ def build_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = ViTModel(config)
-    return Encoder(backbone.eval(), ImageProcessor((image_size, image_size), num_channels), "cls")
+    return Encoder(backbone, ImageProcessor((image_size, image_size), num_channels), "cls").eval()
 
 
 def _architecture(folder: Path) -> tuple[Any, PretrainedConfig, Literal["text", "image"]]:
@@ -337,6 +340,14 @@ def _architecture(folder: Path) -> tuple[Any, PretrainedConfig, Literal["text", 
     if hasattr(config, "vocab_size") and hasattr(config, "hidden_size"):
         return AutoModel, config, "text"
     raise UserError(f"The {config.model_type} model in '{folder}' takes neither text nor images alone. {accepted}")
+
+
+def _concrete(model_class: Any, config: PretrainedConfig) -> Any:
+    """Return the class that an Auto class stands for; only that can be loaded without a folder."""
+    if not model_class.__name__.startswith("Auto"):
+        return model_class
+    with torch.device("meta"):
+        return type(model_class.from_config(config))
 
 
 def _text_processor(folder: Path, config: PretrainedConfig, max_length: int) -> TextProcessor:

@@ -177,6 +177,8 @@ class FineTune(L.LightningModule):
                 )
             return
         if not self.labels:
+            if self._trainer is None:  # load_from_checkpoint comes here before it reads the classes
+                return
             raise UserError(
                 "FineTune knows no classes. Give labels=[...], or a datamodule with one task chosen (data.task)."
             )

@@ -56,8 +56,11 @@ def adapt(encoder: Encoder, lora: LoraSettings, seed: int) -> None:
         )
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type] lora_dropout=lora.dropout, target_modules=list(targets), bias="none"
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder.backbone = peft.get_peft_model(encoder.backbone, config)  # type: ignore[arg-type,assignment]
+        encoder.backbone = peft.get_peft_model(encoder.backbone, config)  # type: ignore[assignment]

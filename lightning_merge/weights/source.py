@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -40,6 +41,7 @@ class WeightSource(ABC):
         folder: The folder with config and tokenizer, where there is one.
         files: The files that hold the values.
         metadata: Free text the file carries about itself.
+        prefix: What was dropped from the names of the file.
     """
 
     label: str
@@ -49,6 +51,7 @@ class WeightSource(ABC):
     folder: Path | None = None
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = {}
+    prefix: str = ""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -131,9 +134,11 @@ class MemorySource(WeightSource):
         buffers: frozenset[str] = frozenset(),
         files: tuple[Path, ...] = (),
         folder: Path | None = None,
+        prefix: str = "",
     ) -> None:
         self.label = label
         self.files = files
+        self.prefix = prefix
         self.folder = folder
         self.buffers = buffers
         self.tensors = {}
@@ -296,13 +301,19 @@ def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
         state_dict = chosen
     if not state_dict:
         raise UserError(f"'{label}' holds no tensors. Expected a checkpoint with a state_dict.")
-    return MemorySource(label, state_dict, files=(path,))
+    return MemorySource(label, state_dict, files=(path,), prefix=prefix)
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of a file as hex; one sequential read."""
+    """Return the sha256 of a file as hex; one sequential read, remembered while the file stays as it is."""
+    status = path.stat()
+    return _sha256(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: str, size: int, changed: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

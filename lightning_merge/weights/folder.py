@@ -1,0 +1,62 @@
+"""What stands beside the weights in a Hugging Face folder: config, tokenizer, processor; and replacing a folder whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+# Configs, vocabularies, chat templates and sentence-piece models; never weights, code or pickles.
+COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+OURS = {"merge.json", "merge.yaml", "model.safetensors.index.json", "finetuned.json"}
+LARGEST_COMPANION = 64 << 20
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy config, tokenizer and processor files of a model's folder; the weights stay where they are.
+
+    Args:
+        source: A Hugging Face folder.
+        target: An existing folder.
+        dtype: Where given, the dtype that ``config.json`` then states.
+
+    Returns:
+        The names of the files copied.
+    """
+    copied = []
+    # Sentence encoders keep their pooling in a folder of its own.
+    for path in sorted([*source.glob("*"), *source.glob("*_Pooling/config.json")]):
+        if path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS:
+            if path.stat().st_size <= LARGEST_COMPANION:
+                place = target / path.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
+                copied.append(str(path.relative_to(source)))
+    config = target / "config.json"
+    if dtype is not None and config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        name = str(dtype).removeprefix("torch.")
+        content.update({key: name for key in ("dtype", "torch_dtype") if key in content})
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return copied
+
+
+def replace_folder(finished: Path, target: Path) -> None:
+    """Give a finished folder its name; what stood there goes only once the new one is in place."""
+    old = target.with_name(target.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(finished, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
