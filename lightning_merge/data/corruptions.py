@@ -186,7 +186,9 @@ class Corruption:
         if self.name not in known:
             raise unknown("corruption", self.name, known)
         if isinstance(self.severity, bool) or not isinstance(self.severity, int) or not 1 <= self.severity <= 5:
-            raise UserError(f"Corruption '{self.name}': severity must be a whole number from 1 to 5, got {self.severity}.")
+            raise UserError(
+                f"Corruption '{self.name}': severity must be a whole number from 1 to 5, got {self.severity}."
+            )
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> Corruption:

@@ -33,7 +33,7 @@ class Digits(TaskData):
     """Each domain is a task of ten classes; a digit is in the same split in every domain, so nothing leaks.
 
     Out-of-domain sets of each task are its own test digits in mild views that are never trained on: ``ood_tilted`` (by
-    20 degrees), ``ood_thick`` (thicker strokes) and ``ood_nudged`` (moved by an eighth of their size).
+    20 degrees), ``ood_thick`` (thicker strokes) and ``ood_nudged`` (moved down by a sixteenth of their size).
     ``get("pretrain")`` is a mixture of the domains with few training rows, to pretrain a base model on.
 
     Args:
@@ -91,9 +91,7 @@ class Digits(TaskData):
         self.image_size = image_size
         self.layout = layout
         self.pretrain_rows = pretrain_rows
-        super().__init__(
-            tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed
-        )
+        super().__init__(tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed)
 
     def available(self) -> list[str]:
         """Return the domains."""
@@ -170,7 +168,8 @@ def _view(images: np.ndarray, view: str | None) -> np.ndarray:
     if view is None:
         return images
     if view == "nudged":
-        return _move(images, round(images.shape[1] / 8))
+        whole, part = divmod(images.shape[1] / 16, 1.0)
+        return (1.0 - part) * _move(images, int(whole)) + part * _move(images, int(whole) + 1)
     if view == "thick":
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
         side = images.shape[1]
@@ -203,6 +202,8 @@ def _move(images: np.ndarray, step: int) -> np.ndarray:
     moved = np.zeros_like(images)
     if step > 0:
         moved[:, step:] = images[:, :-step]
-    else:
+    elif step < 0:
         moved[:, :step] = images[:, -step:]
+    else:
+        moved[:] = images
     return moved

@@ -209,7 +209,15 @@ def _is_truth(value: ast.expr) -> bool:
     if isinstance(value, ast.BoolOp):
         return all(_is_truth(part) for part in value.values)
     if isinstance(value, ast.Call):
-        return getattr(value.func, "id", "") in ("isinstance", "issubclass", "hasattr", "callable", "any", "all", "bool")
+        return getattr(value.func, "id", "") in (
+            "isinstance",
+            "issubclass",
+            "hasattr",
+            "callable",
+            "any",
+            "all",
+            "bool",
+        )
     return False
 
 

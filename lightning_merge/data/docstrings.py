@@ -40,17 +40,15 @@ TOPICS: dict[str, frozenset[str]] = {
         "plot plotting draw drawing figure axes backends artist colors legend ticker lines patches pyplot widgets "
         "visualization offsetbox axes3d axis3d axes_grid1 axisartist mplot3d".split()
     ),
-    "statistics": frozenset(
-        "stats statistics distributions random probability naive_bayes mixture covariance".split()
-    ),
+    "statistics": frozenset("stats statistics distributions random probability naive_bayes mixture covariance".split()),
     "linear algebra": frozenset("linalg matrices matrix tensor tensors isolve decomposition".split()),
     "input and output": frozenset(
         "io readwrite json csv pickle xml email html codecs gzip zipfile tarfile zip file npyio parsing serialization "
         "urllib http implementations".split()
     ),
-    "geometry": frozenset("geometry spatial transforms interpolate path ndimage".split()),
-    "calculus": frozenset(
-        "integrate integrals calculus special series functions optimize solvers".split()
+    "calculus": frozenset("integrate integrals calculus special series functions optimize solvers".split()),
+    "parallel": frozenset(
+        "distributed multiprocessing concurrent asyncio threading socket subprocess parallel strategies fabric".split()
     ),
 }
 FIELDS: dict[str, frozenset[str]] = {
@@ -164,8 +162,8 @@ _TASKS: dict[str, _Definition] = {
             "statistics": "statistics and probability distributions",
             "linear algebra": "linear algebra and matrices",
             "input and output": "reading, writing and sending files and data",
-            "geometry": "geometry, shapes and interpolation",
             "calculus": "calculus, optimization and special functions",
+            "parallel": "parallel and distributed computing",
         },
         _TOGETHER,
         "the subject of the documented object, by its module's path",
@@ -249,9 +247,7 @@ class DocstringTasks(TaskData):
         if not megabytes > 0:
             raise UserError(f"DocstringTasks: megabytes must be above 0, got {megabytes}.")
         self.megabytes = megabytes
-        super().__init__(
-            tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed
-        )
+        super().__init__(tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed)
 
     def available(self) -> list[str]:
         """Return the six tasks."""

@@ -57,7 +57,9 @@ class HuggingFaceSource:
     def __post_init__(self) -> None:
         most = 1 if self.kind == "image" else 2
         if not 1 <= len(self.inputs) <= most:
-            raise UserError(f"Dataset '{self.path}': inputs are {self.inputs}. Accepted: 1 to {most} {self.kind} columns.")
+            raise UserError(
+                f"Dataset '{self.path}': inputs are {self.inputs}. Accepted: 1 to {most} {self.kind} columns."
+            )
 
 
 class HuggingFaceDatasets(TaskData):
@@ -96,9 +98,7 @@ class HuggingFaceDatasets(TaskData):
         self.sources = dict(sources)
         if not self.sources:
             raise UserError("HuggingFaceDatasets: sources is empty. At least one task is needed.")
-        super().__init__(
-            tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed
-        )
+        super().__init__(tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed)
 
     def available(self) -> list[str]:
         """Return the names in ``sources``, in their order."""

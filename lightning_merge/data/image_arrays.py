@@ -63,9 +63,7 @@ class ImageArrays(TaskData):
         for name in [*self.ood, *(other for others in self.ood.values() for other in others)]:
             if name not in self._available:
                 raise unknown("task in ood", name, self._available)
-        super().__init__(
-            tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed
-        )
+        super().__init__(tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed)
 
     def available(self) -> list[str]:
         """Return the names of the ``.npz`` files, sorted."""

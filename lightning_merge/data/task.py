@@ -84,9 +84,7 @@ def check_task(task: Task) -> Task:
     """
     count = len(task.labels)
     if count < 2 or len(set(task.labels)) != count:
-        raise UserError(
-            f"Task '{task.name}': labels are {list(task.labels)}. At least two different names are needed."
-        )
+        raise UserError(f"Task '{task.name}': labels are {list(task.labels)}. At least two different names are needed.")
     if task.label_texts is not None and len(task.label_texts) != count:
         raise UserError(
             f"Task '{task.name}': {len(task.label_texts)} label_texts for {count} labels. One phrase a label is needed."
@@ -106,9 +104,13 @@ def _check_split(task: Task, name: str, split: Split) -> None:
     if len(split) == 0:
         raise UserError(f"{where}: empty. At least one row is needed.")
     if len(split.inputs) != len(split.labels):
-        raise UserError(f"{where}: {len(split.inputs)} inputs but {len(split.labels)} labels. One label a row is needed.")
+        raise UserError(
+            f"{where}: {len(split.inputs)} inputs but {len(split.labels)} labels. One label a row is needed."
+        )
     if split.labels.ndim != 1 or split.labels.dtype != np.int64:
-        raise UserError(f"{where}: labels are {split.labels.dtype} of shape {split.labels.shape}. Accepted: int64, (N,).")
+        raise UserError(
+            f"{where}: labels are {split.labels.dtype} of shape {split.labels.shape}. Accepted: int64, (N,)."
+        )
     wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(task.labels)))
     if len(wrong):
         raise UserError(

@@ -61,9 +61,7 @@ class TextTables(TaskData):
         self._available = sorted(path.parent.name for path in self.root.glob("*/meta.json"))
         if not self._available:
             raise UserError(f"TextTables: no task in '{root}'. A task is a folder with meta.json and its tables.")
-        super().__init__(
-            tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed
-        )
+        super().__init__(tasks, task, batch_size, eval_batch_size, max_train, max_dev, max_test, num_workers, seed)
 
     def available(self) -> list[str]:
         """Return the names of the task folders, sorted."""
@@ -104,7 +102,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"TextTables: '{path}' cannot be read ({error}). Accepted: a JSON object with labels.") from None
+        raise UserError(
+            f"TextTables: '{path}' cannot be read ({error}). Accepted: a JSON object with labels."
+        ) from None
     for key in ("labels", "label_texts"):
         value = meta.get(key) if isinstance(meta, dict) else None
         if key == "label_texts" and isinstance(meta, dict) and value is None:
@@ -128,7 +128,9 @@ def read_table(path: Path, labels: tuple[str, ...]) -> Split:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"TextTables: '{path}' cannot be read ({error}). Accepted: UTF-8 text, plain or gzip.") from None
+        raise UserError(
+            f"TextTables: '{path}' cannot be read ({error}). Accepted: UTF-8 text, plain or gzip."
+        ) from None
     # Only "\n" ends a row: splitlines() would also cut at the form feeds and line separators that web text holds.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     header = lines[0].split("\t")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import UserError, unknown
+from lightning_merge.errors import UserError, nearest
 from lightning_merge.task_vectors import TaskVectors, TensorView
 from lightning_merge.weights import TensorInfo
 
@@ -179,7 +179,8 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         return [float(value)] * len(models)
     for name in value:
         if name not in models:
-            raise unknown(f"model in {what}:", str(name), models)
+            raise UserError(f"{what} names the model '{name}', which is not there. Known: {', '.join(models)}."
+                            f"{nearest(str(name), models)}")  # fmt: skip
     missing = [name for name in models if name not in value]
     if missing:
         raise UserError(f"{what} has no value for the model '{missing[0]}'. Expected one for each of {', '.join(models)}.")

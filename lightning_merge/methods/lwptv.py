@@ -154,10 +154,7 @@ class LwPTV(Transform):
         square = _totals(partial, "square", layers)
         if self.saliency == "drift":
             base = _totals(partial, "base", layers)
-            scores = [
-                [math.sqrt(s) / math.sqrt(b[0]) if b[0] else math.inf * (s > 0) if s else 0.0 for s in row]
-                for row, b in zip(square, base, strict=True)
-            ]
+            scores = [[_drift(s, b[0]) for s in row] for row, b in zip(square, base, strict=True)]
         else:
             sums = _totals(partial, "score", layers)
             scores = [[s / context.sizes[layer] for s in row] for layer, row in zip(layers, sums, strict=True)]
@@ -191,6 +188,13 @@ class LwPTV(Transform):
 
     def _protected(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.protect)
+
+
+def _drift(square: float, base_square: float) -> float:
+    """Return ‖τ‖ / ‖θ₀‖; a layer that was 0 and moved has drifted infinitely."""
+    if base_square:
+        return math.sqrt(square / base_square)
+    return math.inf if square else 0.0
 
 
 def _blocks(values: Tensor) -> Tensor:

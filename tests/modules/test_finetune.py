@@ -59,7 +59,10 @@ def fit(module: FineTune, folder: Path, **options: Any) -> L.Trainer:
 
 
 def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    """Equal names, dtypes and bits (torch.equal alone takes bf16 and fp32 of one value for equal)."""
+    return first.keys() == second.keys() and all(
+        value.dtype == second[name].dtype and torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ def test_orthonormal_rows_are_orthonormal_seeded_and_leave_the_global_state_alon
     assert not torch.equal(rows, orthonormal_embeddings(10, 64, seed=4))
 
 
+def test_the_sign_that_qr_leaves_open_is_fixed() -> None:
+    """With one class the answer is the Gaussian draw itself at unit length, not its opposite."""
+    drawn = torch.randn(16, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    torch.testing.assert_close(orthonormal_embeddings(1, 16, seed=5), (drawn / drawn.norm()).T.float())
+
+
 def test_more_classes_than_dimensions_gives_unit_rows() -> None:
     rows = orthonormal_embeddings(20, 8)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(20))

@@ -1,0 +1,376 @@
+"""The verbs of ``lightning-merge``. Each imports what it needs when it runs, so that help and file merges start fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_merge.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from lightning_merge.methods import MergeMethod
+    from lightning_merge.weights import Finding
+
+VERBS = {
+    "run": "fine-tune, merge, evaluate and report, from one YAML; resumes where it stopped",
+    "fit": "fine-tune one model with Lightning (likewise validate, test, predict)",
+    "validate": "",
+    "test": "",
+    "predict": "",
+    "merge": "merge files or folders of weights into one",
+    "evaluate": "score models of a run on its tasks: table, JSON, plots",
+    "methods": "list every merge method, or explain one",
+}
+USAGE = "usage: lightning-merge VERB [options]   (lightning-merge VERB --help explains a verb)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 1 a part failed, 2 the input cannot be used."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in {"-h", "--help"}:
+        print(_help())
+        return 0
+    if given[0] == "--version":
+        from lightning_merge import __version__
+
+        print(f"lightning-merge {__version__}")
+        return 0
+    verb, rest = given[0], given[1:]
+    try:
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        return _HANDLERS.get(verb, _lightning)(rest if verb in _HANDLERS else given)
+    except UserError as error:
+        print(f"lightning-merge {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [USAGE, "", (inspect.getdoc(sys.modules["lightning_merge"]) or ""), "", "verbs:"]
+    lines += [f"  {name:<10} {text}" for name, text in VERBS.items() if text]
+    lines += ["", "options:", "  --version  print the version", "  --help     print this"]
+    return "\n".join(lines)
+
+
+# --- merge --------------------------------------------------------------------------------------------------------
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    """Merge fine-tuned models, file to file, in bounded memory."""
+    from lightning_merge.merging import merge
+    from lightning_merge.methods import MergeMethod
+    from lightning_merge.task_vectors import TaskVectors
+
+    parser = _parser("merge", _merge.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML with any of these options, such as OUT/merge.yaml")
+    parser.add_argument("--method", type=MergeMethod, required=True, help="see: lightning-merge methods")
+    parser.add_argument("--transforms", type=list[MergeMethod], default=[], help="applied to the task vectors, in order")
+    parser.add_argument("--base", type=str | None, help="the pretrained model: folder, file, or owner/name@revision")
+    parser.add_argument("--models", type=dict[str, str], default={}, help="the fine-tuned models: '{cars: A, sun: B}'")
+    parser.add_argument("--output", type=str | None, help="a folder, a .safetensors file or a Lightning .ckpt file")
+    parser.add_argument("--ignore", type=list[str], default=[], help="patterns of tensors kept as the base has them")
+    parser.add_argument("--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it")
+    parser.add_argument("--batch_norm", type=str, default="average", help="BatchNorm statistics: average or base")
+    parser.add_argument("--seed", type=int, default=0, help="of the methods that draw at random")
+    parser.add_argument("--dtype", type=str | None, help="float32, bfloat16, float16 or float64; by default the base's")
+    parser.add_argument("--dry_run", action="store_true", help="check and plan; write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
+    options = _parse(parser, arguments)
+    if options.output is None:
+        raise UserError("No output. Expected --output FOLDER (or a .safetensors or .ckpt file).")
+    if options.batch_norm not in {"average", "base"}:
+        raise unknown("batch_norm", options.batch_norm, ["average", "base"])
+    task_vectors = TaskVectors.open(
+        options.base, options.models, options.ignore, options.prefix, batch_norm=options.batch_norm
+    )
+    _print_findings([f for f in task_vectors.findings if options.dry_run or f.level != "INFO"])
+    with _progress(f"merging {len(task_vectors)} models") as on_progress:
+        report = merge(
+            options.method,
+            task_vectors,
+            options.output,
+            transforms=options.transforms,
+            seed=options.seed,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            dry_run=options.dry_run,
+            on_progress=on_progress,
+        )
+    if options.dry_run:
+        print(f"Would write {report.bytes_written / 1e6:,.1f} MB to {report.output}. Nothing was written.")
+    elif report.already_there:
+        print(f"{report.output} already holds this very merge. Nothing to do.")
+    else:
+        print(
+            f"Merged in {report.seconds:.2f} s (+ {report.hashing_seconds:.2f} s hashing): {report.passes} passes, "
+            f"{report.bytes_read / 1e6:,.1f} MB read, {report.bytes_written / 1e6:,.1f} MB written, "
+            f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB. {report.output}"
+        )
+    return 0
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        print(finding, file=sys.stderr)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar that appears after two seconds, on a terminal only."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.started, self.bar, self.task = what, time.monotonic(), None, None
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.update
+
+    def update(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if not self.terminal or (self.bar is None and time.monotonic() - self.started < 2):
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar: Any = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task: Any = self.bar.add_task(self.what, total=total)
+        self.bar.update(self.task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+def _methods(arguments: Sequence[str]) -> int:
+    """List every merge method, or explain one: ``lightning-merge methods Ties``."""
+    from lightning_merge.methods import available_methods
+
+    known = available_methods()
+    if arguments and arguments[0] in {"-h", "--help"}:
+        print("usage: lightning-merge methods [NAME | --markdown]\n\n" + (_methods.__doc__ or ""))
+    elif not arguments:
+        print(_method_table(known))
+    elif arguments[0] == "--markdown":
+        print(method_markdown(known))
+    elif arguments[0] in known:
+        print(_method_page(known[arguments[0]]))
+    else:
+        raise unknown("method", arguments[0], known)
+    return 0
+
+
+def _facts(kind: type[MergeMethod]) -> dict[str, str]:
+    """What a method declares, as short texts."""
+    from lightning_merge.methods import Transform
+
+    return {
+        "kind": "transform" if issubclass(kind, Transform) else "method",
+        "base": "needed" if kind.needs_base else "not needed",
+        "reach": kind().reach,
+        "data": "validation" if kind.needs_score else "statistics" if kind.needs_statistics else "none",
+        "paper": kind.paper,
+    }
+
+
+def _settings(kind: type[MergeMethod]) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and allowed interval of every hyper-parameter."""
+    rows = []
+    for spec in dataclasses.fields(kind):
+        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+        kind_of = str(spec.type).replace("PerModel", "float | {model: float}")
+        rows.append((spec.name, kind_of, repr(default), spec.metadata.get("allowed", "")))
+    return rows
+
+
+def _method_table(known: dict[str, type[MergeMethod]]) -> str:
+    """One line a method."""
+    from lightning_merge.methods.base import summary
+
+    lines = []
+    for name, kind in known.items():
+        settings = ", ".join(f"{setting}={default}" for setting, _, default, _ in _settings(kind))
+        lines += [f"{name:<16}{summary(kind)}", f"{'':<16}{_facts(kind)['paper']}", f"{'':<16}({settings})", ""]
+    return "\n".join([*lines, "Explain one: lightning-merge methods NAME. A transform composes before any method."])
+
+
+def method_markdown(known: dict[str, type[MergeMethod]]) -> str:
+    """Return the methods as the Markdown table of the README."""
+    from lightning_merge.methods.base import summary
+
+    lines = ["| method | what it does | kind | base | data | settings (default) | paper |", "|---|---|---|---|---|---|---|"]
+    for name, kind in known.items():
+        facts = _facts(kind)
+        settings = ", ".join(f"`{setting}={default}`" for setting, _, default, _ in _settings(kind)) or "none"
+        cells = [f"`{name}`", summary(kind).rstrip("."), facts["kind"], facts["base"], facts["data"], settings]
+        lines.append("| " + " | ".join([*cells, facts["paper"]]) + " |")
+    return "\n".join(lines)
+
+
+def _method_page(kind: type[MergeMethod]) -> str:
+    """Everything a method declares."""
+    lines = [kind.__name__, "", inspect.getdoc(kind) or "", "", "Facts:"]
+    lines += [f"  {name:<8}{value}" for name, value in _facts(kind).items()]
+    lines += ["", "Settings:"]
+    lines += [f"  {name} ({kind_of}) = {default}   {allowed}" for name, kind_of, default, allowed in _settings(kind)]
+    return "\n".join(lines)
+
+
+# --- run and evaluate ---------------------------------------------------------------------------------------------
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Fine-tune, merge, evaluate and report. Stages whose inputs have not changed are not done again."""
+    from pathlib import Path
+
+    from lightning_merge.pipeline import RunSettings, run
+
+    parser = _parser("run", _run.__doc__)
+    _quickstart = "configs/quickstart.yaml"
+    if Path(_quickstart).is_file() and not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = ["--config", _quickstart, *arguments]
+    parser.add_argument("--config", action="config", help=f"the run's YAML; {_quickstart} where it stands")
+    parser.add_class_arguments(RunSettings, None)
+    parser.add_argument("--output", type=str, default="runs/run", help="the run's folder")
+    parser.add_argument("--overwrite", action="store_true", help="do every stage again")
+    options = _parse(parser, arguments)
+    output, overwrite = options.pop("output"), options.pop("overwrite")
+    options.pop("config", None)
+    return run(RunSettings(**vars(options)), Path(output), overwrite=overwrite)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    """Score models on the tasks of a run, with its heads, and print the table."""
+    from pathlib import Path
+
+    from lightning_merge.pipeline import evaluate_run
+
+    parser = _parser("evaluate", _evaluate.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML with any of these options")
+    parser.add_argument("--run", type=str, required=True, help="the run's folder")
+    parser.add_argument("--models", type=dict[str, str], default={}, help="further models: '{mine: path}'")
+    parser.add_argument("--output", type=str | None, help="where results go; by default only the table is printed")
+    options = _parse(parser, arguments)
+    return evaluate_run(Path(options.run), options.models, Path(options.output) if options.output else None)
+
+
+def _lightning(arguments: Sequence[str]) -> int:
+    """Hand fit, validate, test and predict to LightningCLI."""
+    from lightning_merge.lightning_cli import main as lightning_main
+
+    return lightning_main(arguments)
+
+
+# --- parsing ------------------------------------------------------------------------------------------------------
+
+
+def keep_yaml_keys_as_text() -> None:
+    """Make jsonargparse read ``{on: a, 1: b}`` with the keys 'on' and '1': they are names of models and tasks."""
+    import yaml
+    from jsonargparse import set_loader
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
+
+    class TextKeys(get_yaml_default_loader()):  # type: ignore[misc]
+        """YAML whose mapping keys stay as they are written."""
+
+    def mapping(loader: Any, node: yaml.MappingNode) -> Any:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag in _NOT_TEXT:
+                key.tag = "tag:yaml.org,2002:str"
+        return yaml.SafeLoader.construct_yaml_map(loader, node)
+
+    TextKeys.add_constructor("tag:yaml.org,2002:map", mapping)
+
+    def load(stream: Any) -> Any:
+        loaded = yaml.load(stream, Loader=TextKeys)  # a safe loader: it derives from SafeLoader
+        # A lone '{a, b}' or 'a:' is text to jsonargparse, which decides so in its own loader.
+        return loaded if isinstance(loaded, dict) and any(v is not None for v in loaded.values()) else yaml_load(stream)
+
+    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+
+
+_NOT_TEXT = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:null"}
+
+
+def _parser(verb: str, description: str | None) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from lightning_merge.methods import MergeMethod, available_methods
+
+    available_methods()
+    keep_yaml_keys_as_text()
+    set_parsing_settings(subclasses_enabled=[MergeMethod])
+    return ArgumentParser(prog=f"lightning-merge {verb}", description=description, exit_on_error=False)
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse and build the objects; what jsonargparse refuses becomes one sentence with the nearest spelling.
+
+    Raises:
+        UserError: Anything unknown, missing or out of range.
+    """
+    from argparse import ArgumentError
+
+    try:
+        return parser.instantiate(parser.parse_args(list(arguments)))
+    except UserError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(_explain(str(error))) from error
+
+
+def _explain(message: str) -> str:
+    """Turn jsonargparse's nested message into one sentence, with the nearest spelling of a method or setting."""
+    from lightning_merge.methods import available_methods
+
+    known = available_methods()
+    path = re.search(r"Expected a dot import path string: (\S+)", message) or re.search(
+        r"Unexpected import path format: (\S+)", message
+    )
+    if path and re.search(r'Parser key "[\w.]*(method|transforms)', message):
+        return str(unknown("method", path.group(1), known))
+    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
+    owner = re.search(r"class_path '[\w.]*?(\w+)'", message)
+    if refused and owner and owner.group(1) in known:
+        settings = [spec.name for spec in dataclasses.fields(known[owner.group(1)])]
+        return str(unknown(f"setting of {owner.group(1)}", refused.group(1), settings))
+    option = re.search(r"(?:unrecognized arguments|Unrecognized arguments): (.+)", message)
+    if option:
+        named = re.search(r"--(?:method|transforms)\.(?:init_args\.)?(\w+)", option.group(1))
+        if named:
+            return str(unknown("setting", named.group(1), {f.name for k in known.values() for f in dataclasses.fields(k)}))
+        return f"Unknown option {option.group(1)}."
+    return re.sub(r"\s*\n\s*", " ", message).strip()
+
+
+_HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "merge": _merge,
+    "evaluate": _evaluate,
+    "methods": _methods,
+}
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
