@@ -1,10 +1,9 @@
-"""The verbs of ``lightning-merge``. Each imports what it needs when it runs, so that help and file merges start fast."""
+"""The verbs of ``lightning-merge``; each imports what it needs when it runs, so that help and merges start fast."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_merge.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
     from lightning_merge.methods import MergeMethod
     from lightning_merge.weights import Finding
 
@@ -71,23 +68,28 @@ def _merge(arguments: Sequence[str]) -> int:
     """Merge fine-tuned models, file to file, in bounded memory."""
     from lightning_merge.merging import merge
     from lightning_merge.methods import MergeMethod
+    from lightning_merge.parsing import build, make_parser
     from lightning_merge.task_vectors import TaskVectors
 
-    parser = _parser("merge", _merge.__doc__)
+    parser = make_parser("merge", _merge.__doc__)
     parser.add_argument("--config", action="config", help="a YAML with any of these options, such as OUT/merge.yaml")
     parser.add_argument("--method", type=MergeMethod, required=True, help="see: lightning-merge methods")
-    parser.add_argument("--transforms", type=list[MergeMethod], default=[], help="applied to the task vectors, in order")
+    parser.add_argument(
+        "--transforms", type=list[MergeMethod], default=[], help="applied to the task vectors, in order"
+    )
     parser.add_argument("--base", type=str | None, help="the pretrained model: folder, file, or owner/name@revision")
     parser.add_argument("--models", type=dict[str, str], default={}, help="the fine-tuned models: '{cars: A, sun: B}'")
     parser.add_argument("--output", type=str | None, help="a folder, a .safetensors file or a Lightning .ckpt file")
     parser.add_argument("--ignore", type=list[str], default=[], help="patterns of tensors kept as the base has them")
-    parser.add_argument("--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it")
+    parser.add_argument(
+        "--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it"
+    )
     parser.add_argument("--batch_norm", type=str, default="average", help="BatchNorm statistics: average or base")
     parser.add_argument("--seed", type=int, default=0, help="of the methods that draw at random")
     parser.add_argument("--dtype", type=str | None, help="float32, bfloat16, float16 or float64; by default the base's")
     parser.add_argument("--dry_run", action="store_true", help="check and plan; write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
-    options = _parse(parser, arguments)
+    options, _ = build(parser, arguments)
     if options.output is None:
         raise UserError("No output. Expected --output FOLDER (or a .safetensors or .ckpt file).")
     if options.batch_norm not in {"average", "base"}:
@@ -130,7 +132,9 @@ class _progress:  # noqa: N801 - used like a function
     """A bar that appears after two seconds, on a terminal only."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.started, self.bar, self.task = what, time.monotonic(), None, None
+        self.what, self.started = what, time.monotonic()
+        self.bar: Any = None
+        self.task: Any = None
         self.terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Callable[[int, int], None]:
@@ -144,9 +148,9 @@ class _progress:  # noqa: N801 - used like a function
             from rich.console import Console
             from rich.progress import Progress
 
-            self.bar: Any = Progress(console=Console(stderr=True), transient=True)
+            self.bar = Progress(console=Console(stderr=True), transient=True)
             self.bar.start()
-            self.task: Any = self.bar.add_task(self.what, total=total)
+            self.task = self.bar.add_task(self.what, total=total)
         self.bar.update(self.task, completed=done)
 
     def __exit__(self, *_: object) -> None:
@@ -192,7 +196,7 @@ def _settings(kind: type[MergeMethod]) -> list[tuple[str, str, str, str]]:
     """Name, type, default and allowed interval of every hyper-parameter."""
     rows = []
     for spec in dataclasses.fields(kind):
-        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+        default = getattr(kind(), spec.name)
         kind_of = str(spec.type).replace("PerModel", "float | {model: float}")
         rows.append((spec.name, kind_of, repr(default), spec.metadata.get("allowed", "")))
     return rows
@@ -213,7 +217,10 @@ def method_markdown(known: dict[str, type[MergeMethod]]) -> str:
     """Return the methods as the Markdown table of the README."""
     from lightning_merge.methods.base import summary
 
-    lines = ["| method | what it does | kind | base | data | settings (default) | paper |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | what it does | kind | base | data | settings (default) | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, kind in known.items():
         facts = _facts(kind)
         settings = ", ".join(f"`{setting}={default}`" for setting, _, default, _ in _settings(kind)) or "none"
@@ -233,39 +240,42 @@ def _method_page(kind: type[MergeMethod]) -> str:
 
 # --- run and evaluate ---------------------------------------------------------------------------------------------
 
+QUICKSTART = "configs/quickstart.yaml"
+
 
 def _run(arguments: Sequence[str]) -> int:
     """Fine-tune, merge, evaluate and report. Stages whose inputs have not changed are not done again."""
     from pathlib import Path
 
-    from lightning_merge.pipeline import RunSettings, run
+    from lightning_merge.parsing import build, make_parser
+    from lightning_merge.pipeline import RunSettings, add_run_arguments, run
 
-    parser = _parser("run", _run.__doc__)
-    _quickstart = "configs/quickstart.yaml"
-    if Path(_quickstart).is_file() and not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        arguments = ["--config", _quickstart, *arguments]
-    parser.add_argument("--config", action="config", help=f"the run's YAML; {_quickstart} where it stands")
-    parser.add_class_arguments(RunSettings, None)
+    parser = make_parser("run", _run.__doc__)
+    parser.add_argument("--config", action="config", help=f"the run's YAML; {QUICKSTART} where it stands")
+    add_run_arguments(parser)
     parser.add_argument("--output", type=str, default="runs/run", help="the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="do every stage again")
-    options = _parse(parser, arguments)
-    output, overwrite = options.pop("output"), options.pop("overwrite")
-    options.pop("config", None)
-    return run(RunSettings(**vars(options)), Path(output), overwrite=overwrite)
+    if Path(QUICKSTART).is_file() and not any(a.split("=")[0] in {"--config", "-h", "--help"} for a in arguments):
+        arguments = ["--config", QUICKSTART, *arguments]
+    options, resolved = build(parser, arguments)
+    return run(RunSettings.of(options), Path(options.output), resolved, overwrite=options.overwrite)
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    """Score models on the tasks of a run, with its heads, and print the table."""
+    """Score the models of a run, and others over its base, on its tasks and with its heads; print the table."""
     from pathlib import Path
 
+    from lightning_merge.parsing import build, make_parser
     from lightning_merge.pipeline import evaluate_run
 
-    parser = _parser("evaluate", _evaluate.__doc__)
+    parser = make_parser("evaluate", _evaluate.__doc__)
     parser.add_argument("--config", action="config", help="a YAML with any of these options")
     parser.add_argument("--run", type=str, required=True, help="the run's folder")
     parser.add_argument("--models", type=dict[str, str], default={}, help="further models: '{mine: path}'")
-    parser.add_argument("--output", type=str | None, help="where results go; by default only the table is printed")
-    options = _parse(parser, arguments)
+    parser.add_argument(
+        "--output", type=str | None, help="a folder for results.*; by default only the table is printed"
+    )
+    options, _ = build(parser, arguments)
     return evaluate_run(Path(options.run), options.models, Path(options.output) if options.output else None)
 
 
@@ -274,93 +284,6 @@ def _lightning(arguments: Sequence[str]) -> int:
     from lightning_merge.lightning_cli import main as lightning_main
 
     return lightning_main(arguments)
-
-
-# --- parsing ------------------------------------------------------------------------------------------------------
-
-
-def keep_yaml_keys_as_text() -> None:
-    """Make jsonargparse read ``{on: a, 1: b}`` with the keys 'on' and '1': they are names of models and tasks."""
-    import yaml
-    from jsonargparse import set_loader
-    from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
-
-    class TextKeys(get_yaml_default_loader()):  # type: ignore[misc]
-        """YAML whose mapping keys stay as they are written."""
-
-    def mapping(loader: Any, node: yaml.MappingNode) -> Any:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag in _NOT_TEXT:
-                key.tag = "tag:yaml.org,2002:str"
-        return yaml.SafeLoader.construct_yaml_map(loader, node)
-
-    TextKeys.add_constructor("tag:yaml.org,2002:map", mapping)
-
-    def load(stream: Any) -> Any:
-        loaded = yaml.load(stream, Loader=TextKeys)  # a safe loader: it derives from SafeLoader
-        # A lone '{a, b}' or 'a:' is text to jsonargparse, which decides so in its own loader.
-        return loaded if isinstance(loaded, dict) and any(v is not None for v in loaded.values()) else yaml_load(stream)
-
-    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
-
-
-_NOT_TEXT = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:null"}
-
-
-def _parser(verb: str, description: str | None) -> ArgumentParser:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    from lightning_merge.methods import MergeMethod, available_methods
-
-    available_methods()
-    keep_yaml_keys_as_text()
-    set_parsing_settings(subclasses_enabled=[MergeMethod])
-    return ArgumentParser(prog=f"lightning-merge {verb}", description=description, exit_on_error=False)
-
-
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parse and build the objects; what jsonargparse refuses becomes one sentence with the nearest spelling.
-
-    Raises:
-        UserError: Anything unknown, missing or out of range.
-    """
-    from argparse import ArgumentError
-
-    try:
-        return parser.instantiate(parser.parse_args(list(arguments)))
-    except UserError:
-        raise
-    except (ArgumentError, ValueError, TypeError) as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause from None
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(_explain(str(error))) from error
-
-
-def _explain(message: str) -> str:
-    """Turn jsonargparse's nested message into one sentence, with the nearest spelling of a method or setting."""
-    from lightning_merge.methods import available_methods
-
-    known = available_methods()
-    path = re.search(r"Expected a dot import path string: (\S+)", message) or re.search(
-        r"Unexpected import path format: (\S+)", message
-    )
-    if path and re.search(r'Parser key "[\w.]*(method|transforms)', message):
-        return str(unknown("method", path.group(1), known))
-    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
-    owner = re.search(r"class_path '[\w.]*?(\w+)'", message)
-    if refused and owner and owner.group(1) in known:
-        settings = [spec.name for spec in dataclasses.fields(known[owner.group(1)])]
-        return str(unknown(f"setting of {owner.group(1)}", refused.group(1), settings))
-    option = re.search(r"(?:unrecognized arguments|Unrecognized arguments): (.+)", message)
-    if option:
-        named = re.search(r"--(?:method|transforms)\.(?:init_args\.)?(\w+)", option.group(1))
-        if named:
-            return str(unknown("setting", named.group(1), {f.name for k in known.values() for f in dataclasses.fields(k)}))
-        return f"Unknown option {option.group(1)}."
-    return re.sub(r"\s*\n\s*", " ", message).strip()
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -164,7 +164,11 @@ def merge(
 
 
 def resolved_recipe(
-    method: MergeMethod, task_vectors: TaskVectors, transforms: Sequence[Transform], seed: int, dtype: torch.dtype | None
+    method: MergeMethod,
+    task_vectors: TaskVectors,
+    transforms: Sequence[Transform],
+    seed: int,
+    dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return the whole recipe as plain data, in the form that ``lightning-merge merge --config`` reads."""
     first = next(iter(task_vectors.models.values()), None)
@@ -199,9 +203,14 @@ def describe(method: MergeMethod, transforms: Sequence[Transform] = ()) -> str:
 
 
 def card_text(
-    report: MergeReport, method: MergeMethod, transforms: Sequence[Transform], sources: Mapping[str, WeightSource],
-    hashes: Mapping[str, str], title: str | None, results: str = "",
-) -> str:  # fmt: skip
+    report: MergeReport,
+    method: MergeMethod,
+    transforms: Sequence[Transform],
+    sources: Mapping[str, WeightSource],
+    hashes: Mapping[str, str],
+    title: str | None,
+    results: str = "",
+) -> str:
     """Return the model card of a finished merge."""
     records = {name: SourceRecord.of(name or "base", source, hashes[name]) for name, source in sources.items()}
     papers = "; ".join(dict.fromkeys(step.paper for step in [*transforms, method] if step.paper))
@@ -230,9 +239,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _output_tensors(
-    task_vectors: TaskVectors, dtype: torch.dtype | None, with_aliases: bool
-) -> dict[str, TensorInfo]:
+def _output_tensors(task_vectors: TaskVectors, dtype: torch.dtype | None, with_aliases: bool) -> dict[str, TensorInfo]:
     """Shapes and dtypes of the result; tied names get their own copy where no config could tie them again."""
     template = task_vectors.template
     names = {name: name for name in template.tensors} | (template.aliases if with_aliases else {})
@@ -301,9 +308,7 @@ def _record(
     }
 
 
-def _pieces(
-    chain: Chain, infos: Mapping[str, TensorInfo], on_progress: Callable[[int, int], None] | None
-) -> Any:
+def _pieces(chain: Chain, infos: Mapping[str, TensorInfo], on_progress: Callable[[int, int], None] | None) -> Any:
     """Yield every piece of the output, rounded once into its dtype."""
     vectors = chain.task_vectors
     names: dict[str, list[str]] = {name: [name] for name in vectors.template.tensors}

@@ -52,10 +52,12 @@ class TensorView:
 
     @cached_property
     def finetuned(self) -> Tensor:
-        """θ_t, ``(T, n)`` in the computing dtype; read, not recovered from differences, unless a transform changed them."""
+        """θ_t, ``(T, n)`` in the computing dtype; as stored, unless a transform changed the task vectors."""
         if self._deltas is not None:
             return self.base + self._deltas
-        return torch.stack([self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models])
+        return torch.stack(
+            [self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models]
+        )
 
     @cached_property
     def deltas(self) -> Tensor:
@@ -258,7 +260,9 @@ class TaskVectors(Mapping[str, TaskVector]):
         for vector in vectors.values():
             next(iter(vectors.values()))._require_same_base(vector)
         models = space.models if set(vectors) == set(space.models) else {}
-        return cls(space.base, space.template, vectors, models, space.ignore, "base" if not models else space.batch_norm)
+        return cls(
+            space.base, space.template, vectors, models, space.ignore, "base" if not models else space.batch_norm
+        )
 
     # --- a mapping -----------------------------------------------------------------------------------------------
 

@@ -94,19 +94,19 @@ def test_one_string_and_pairs_are_accepted(folder: Path) -> None:
     assert len(single) == 1
     torch.testing.assert_close(single.probabilities, model(["bad"], "mood").probabilities)
     assert len(model([("bad", "good"), ("film", "food")], "mood")) == 2
-    with pytest.raises(UserError, match="one pair or two texts"):
+    with pytest.raises(UserError, match=r"one pair or two texts"):
         model(("bad", "good"), "mood")
 
 
 def test_the_task_may_be_left_out_with_one_head_only(folder: Path) -> None:
-    with pytest.raises(UserError, match="name one. Known: mood, v1.topic"):
+    with pytest.raises(UserError, match=r"name one. Known: mood, v1.topic"):
         load(folder)(TEXTS)
     (folder / "heads" / "v1.topic.safetensors").unlink()
     assert load(folder)(TEXTS).task == "mood"
 
 
 def test_an_unknown_task_is_refused_with_the_nearest(folder: Path) -> None:
-    with pytest.raises(UserError, match="Unknown task 'moood'. Known: mood, v1.topic. Did you mean 'mood'"):
+    with pytest.raises(UserError, match=r"Unknown task 'moood'. Known: mood, v1.topic. Did you mean 'mood'"):
         load(folder)(TEXTS, task="moood")
 
 
@@ -115,24 +115,24 @@ def test_heads_may_lie_elsewhere_and_none_gives_features_only(folder: Path) -> N
     (folder / "heads").rename(elsewhere)
     model = load(folder)
     assert model.tasks == [] and model.features(TEXTS).shape == (4, 16)
-    with pytest.raises(UserError, match="no heads"):
+    with pytest.raises(UserError, match=r"no heads"):
         model(TEXTS)
     assert load(folder, heads=elsewhere).tasks == ["mood", "v1.topic"]
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist"):
         load(folder, heads=folder / "absent")
 
 
 def test_a_head_that_does_not_fit_is_refused_by_name(folder: Path) -> None:
     save_head(LinearHead(8, 2), folder / "heads" / "wide.safetensors", labels=["a", "b"], task="wide")
-    with pytest.raises(UserError, match="wide.safetensors.*8 features.*gives 16"):
+    with pytest.raises(UserError, match=r"wide.safetensors.*8 features.*gives 16"):
         load(folder)
     save_head(LinearHead(16, 2), folder / "heads" / "wide.safetensors", labels=["a", "b"], task="mood")
-    with pytest.raises(UserError, match="second one for task 'mood'"):
+    with pytest.raises(UserError, match=r"second one for task 'mood'"):
         load(folder)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent' does not exist"):
+    with pytest.raises(UserError, match=r"absent' does not exist"):
         load(tmp_path / "absent")
 
 
@@ -152,5 +152,5 @@ def test_images_are_answered_alone_and_together(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match=r"empty"):
         load(folder)([], "mood")

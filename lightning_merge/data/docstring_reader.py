@@ -22,8 +22,28 @@ from lightning_merge.errors import UserError
 STANDARD_LIBRARY = "stdlib"
 # Tests, demonstrations, copies of other projects, and whatever is installed inside the standard library's folder.
 SKIPPED_FOLDERS = frozenset(
-    "test tests testing idlelib lib2to3 turtledemo ensurepip site-packages dist-packages lib-dynload __pycache__ "
-    "_vendor vendor vendored _vendored extern externals third_party array_api_compat array_api_extra".split()
+    {
+        "test",
+        "tests",
+        "testing",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "__pycache__",
+        "_vendor",
+        "vendor",
+        "vendored",
+        "_vendored",
+        "extern",
+        "externals",
+        "third_party",
+        "array_api_compat",
+        "array_api_extra",
+    }
 )
 LARGEST_FILE = 150_000  # bytes; larger ones are tables or generated
 FEWEST_WORDS, MOST_WORDS = 4, 40
@@ -185,9 +205,8 @@ def _result(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Literal["truth", "v
         inner = open_nodes.pop()
         if isinstance(inner, (ast.Yield, ast.YieldFrom)):
             return "value"
-        if isinstance(inner, ast.Return) and inner.value is not None:
-            if not (isinstance(inner.value, ast.Constant) and inner.value.value is None):
-                returned.append(inner.value)
+        if isinstance(inner, ast.Return) and inner.value is not None and not _is_none(inner.value):
+            returned.append(inner.value)
         if not isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             open_nodes.extend(ast.iter_child_nodes(inner))
     if not returned:
@@ -197,6 +216,10 @@ def _result(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Literal["truth", "v
 
 def _is_constant(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
 
 
 def _is_truth(value: ast.expr) -> bool:

@@ -24,42 +24,48 @@ TRAIN_PART, DEV_PART = 0.70, 0.10
 BALANCE = 1.5  # the most rows of a class, in rows of the rarest one
 BALANCE_FLOOR = 40  # a class with so few rows is not what others are cut to
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 VERBS: dict[str, frozenset[str]] = {
-    "check": frozenset("is has can check validate verify ensure assert test supports".split()),
-    "set": frozenset(["set"]),
-    "add": frozenset("add append insert register extend attach".split()),
-    "remove": frozenset("remove delete del clear pop discard reset drop unregister cleanup".split()),
-    "load": frozenset("load loads read parse open fetch import deserialize".split()),
-    "save": frozenset("save write dump dumps export push print store serialize savefig emit log".split()),
-    "create": frozenset("create make build new generate".split()),
-    "convert": frozenset("to convert as cast encode decode asarray format".split()),
+    "check": _words("is has can check validate verify ensure assert test supports"),
+    "set": _words("set"),
+    "add": _words("add append insert register extend attach"),
+    "remove": _words("remove delete del clear pop discard reset drop unregister cleanup"),
+    "load": _words("load loads read parse open fetch import deserialize"),
+    "save": _words("save write dump dumps export push print store serialize savefig emit log"),
+    "create": _words("create make build new generate"),
+    "convert": _words("to convert as cast encode decode asarray format"),
 }
-QUESTIONS = frozenset("is has can should are does needs supports contains allows requires exists".split())
+QUESTIONS = _words("is has can should are does needs supports contains allows requires exists")
 TOPICS: dict[str, frozenset[str]] = {
-    "plotting": frozenset(
+    "plotting": _words(
         "plot plotting draw drawing figure axes backends artist colors legend ticker lines patches pyplot widgets "
-        "visualization offsetbox axes3d axis3d axes_grid1 axisartist mplot3d".split()
+        "visualization offsetbox axes3d axis3d axes_grid1 axisartist mplot3d"
     ),
-    "statistics": frozenset("stats statistics distributions random probability naive_bayes mixture covariance".split()),
-    "linear algebra": frozenset("linalg matrices matrix tensor tensors isolve decomposition".split()),
-    "input and output": frozenset(
+    "statistics": _words("stats statistics distributions random probability naive_bayes mixture covariance"),
+    "linear algebra": _words("linalg matrices matrix tensor tensors isolve decomposition"),
+    "input and output": _words(
         "io readwrite json csv pickle xml email html codecs gzip zipfile tarfile zip file npyio parsing serialization "
-        "urllib http implementations".split()
+        "urllib http implementations"
     ),
-    "calculus": frozenset("integrate integrals calculus special series functions optimize solvers".split()),
-    "parallel": frozenset(
-        "distributed multiprocessing concurrent asyncio threading socket subprocess parallel strategies fabric".split()
+    "calculus": _words("integrate integrals calculus special series functions optimize solvers"),
+    "parallel": _words(
+        "distributed multiprocessing concurrent asyncio threading socket subprocess parallel strategies fabric"
     ),
 }
 FIELDS: dict[str, frozenset[str]] = {
-    "general programming": frozenset("stdlib rich huggingface_hub fsspec jsonargparse".split()),
-    "mathematics": frozenset("numpy scipy sympy mpmath".split()),
-    "machine learning": frozenset("sklearn torch torchmetrics transformers lightning peft".split()),
-    "plotting": frozenset("matplotlib mpl_toolkits".split()),
+    "general programming": _words("stdlib rich huggingface_hub fsspec jsonargparse"),
+    "mathematics": _words("numpy scipy sympy mpmath"),
+    "machine learning": _words("sklearn torch torchmetrics transformers lightning peft"),
+    "plotting": _words("matplotlib mpl_toolkits"),
 }
 _LIBRARY_NAME = re.compile(
-    r"\b(?:numpy|scipy|sympy|mpmath|networkx|scikit[- ]?learn|sklearn|py[- ]?torch|torch\w*|transformers?|hugging ?face|"
-    r"matplotlib|mpl\w*|pyplot|lightning|fabric|peft|rich|fsspec|jsonargparse|argparse|c?python)(?:[._]\w+)*\b",
+    r"\b(?:numpy|scipy|sympy|mpmath|networkx|scikit[- ]?learn|sklearn|py[- ]?torch|torch\w*|transformers?|"
+    r"hugging ?face|matplotlib|mpl\w*|pyplot|lightning|fabric|peft|rich|fsspec|jsonargparse|argparse|c?python)"
+    r"(?:[._]\w+)*\b",
     re.IGNORECASE,
 )
 
@@ -109,7 +115,7 @@ def field_of(item: Documented) -> str | None:
 class _Definition:
     label_of: Callable[[Documented], str | None]
     label_texts: dict[str, str]  # label to phrase, in the order of the ids
-    ood: dict[str, tuple[str, ...]]  # out-of-domain set to the groups of packages it is made of
+    ood: Mapping[str, tuple[str, ...]]  # out-of-domain set to the groups of packages it is made of
     description: str
     masked: bool = False  # hide library names, which would give the label away
 
@@ -258,7 +264,7 @@ class DocstringTasks(TaskData):
         definition = _TASKS[name]
         labels = list(definition.label_texts)
         items = [item for package in self.packages for item in read_package(package, self.megabytes)]
-        seen = {normalise(item.sentence) for item in items} | {normalise(_mask(item.sentence)) for item in items}
+        seen = {_key(item.sentence) for item in items}
         parts: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": [], "test": []}
         for row in _label(items, definition, labels):
             parts[_part(row[0])].append(row)
@@ -293,6 +299,11 @@ def _mask(sentence: str) -> str:
     return _LIBRARY_NAME.sub("library", sentence)
 
 
+def _key(sentence: str) -> str:
+    # Masked in every task, so that a sentence has the same key, and so the same split, in all of them.
+    return normalise(_mask(sentence))
+
+
 def _label(items: list[Documented], definition: _Definition, labels: list[str]) -> list[tuple[str, str, int]]:
     """Return ``(key, sentence, label id)`` of every different sentence that has exactly one label."""
     found: dict[str, tuple[str, set[int]]] = {}
@@ -300,7 +311,7 @@ def _label(items: list[Documented], definition: _Definition, labels: list[str]) 
         label = definition.label_of(item)
         if label is not None:
             sentence = _mask(item.sentence) if definition.masked else item.sentence
-            found.setdefault(normalise(sentence), (sentence, set()))[1].add(labels.index(label))
+            found.setdefault(_key(item.sentence), (sentence, set()))[1].add(labels.index(label))
     return [(key, sentence, ids.pop()) for key, (sentence, ids) in found.items() if len(ids) == 1]
 
 

@@ -115,7 +115,7 @@ def _check_split(task: Task, name: str, split: Split) -> None:
     if len(wrong):
         raise UserError(
             f"{where}: unknown label id {int(split.labels[wrong[0]])} in row {int(wrong[0])}. "
-            f"Accepted: 0 to {len(task.labels) - 1} ({', '.join(task.labels[:12])}{', …' if len(task.labels) > 12 else ''})."
+            f"Accepted: {accepted_ids(task.labels)}."
         )
     if task.kind == "image":
         inputs = split.inputs
@@ -131,6 +131,12 @@ def _check_split(task: Task, name: str, split: Split) -> None:
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if not (isinstance(value, str) or pair):
             raise UserError(f"{where}: row {row} is {type(value).__name__}. Accepted: text, or a pair of texts.")
+
+
+def accepted_ids(labels: tuple[str, ...]) -> str:
+    """Return the accepted label ids with their names, for a message."""
+    shown = ", ".join(labels[:12]) + (", …" if len(labels) > 12 else "")
+    return f"0 to {len(labels) - 1} ({shown})"
 
 
 def philox(*key: object) -> np.random.Generator:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_merge.data.datamodule import TaskData
-from lightning_merge.data.task import OOD_PREFIX, REQUIRED_SPLITS, Split, Task
+from lightning_merge.data.task import OOD_PREFIX, REQUIRED_SPLITS, Split, Task, accepted_ids
 from lightning_merge.errors import UserError, nearest
 
 HEADERS = (["text", "label"], ["text_a", "text_b", "label"])
@@ -21,9 +21,10 @@ SUFFIXES = (".tsv", ".tsv.gz")
 class TextTables(TaskData):
     """Every folder ``root/<task>`` that holds ``meta.json`` is a task.
 
-    ``train``, ``dev``, ``test`` and any number of ``ood_<domain>`` tables stand beside it, each ``.tsv`` or ``.tsv.gz``:
-    UTF-8, one header line (``text label`` or ``text_a text_b label``), tab-separated, no quoting, integer labels.
-    ``meta.json`` has ``labels`` (names in the order of the ids) and may have ``label_texts`` and ``description``.
+    ``train``, ``dev``, ``test`` and any number of ``ood_<domain>`` tables stand beside it, each ``.tsv`` or
+    ``.tsv.gz``: UTF-8, one header line (``text label`` or ``text_a text_b label``), tab-separated, no quoting, integer
+    labels. ``meta.json`` has ``labels`` (names in the order of the ids) and may have ``label_texts`` and
+    ``description``.
 
     Args:
         root: the folder of task folders.
@@ -136,8 +137,8 @@ def read_table(path: Path, labels: tuple[str, ...]) -> Split:
     header = lines[0].split("\t")
     if header not in HEADERS:
         raise UserError(
-            f"TextTables: the header of '{path}' is {header}. Accepted: {' or '.join(str(known) for known in HEADERS)}, "
-            "tab-separated."
+            f"TextTables: the header of '{path}' is {header}. Accepted, tab-separated: "
+            f"{' or '.join(str(known) for known in HEADERS)}."
         )
     inputs: list[Any] = []
     ids: list[int] = []
@@ -153,7 +154,7 @@ def read_table(path: Path, labels: tuple[str, ...]) -> Split:
         if not label.isdecimal() or int(label) >= len(labels):
             raise UserError(
                 f"TextTables: unknown label id '{label}' in line {number} of '{path}'. "
-                f"Accepted: 0 to {len(labels) - 1} ({', '.join(labels[:12])}{', …' if len(labels) > 12 else ''})."
+                f"Accepted: {accepted_ids(labels)}."
             )
         inputs.append(fields[0] if len(header) == 2 else (fields[0], fields[1]))
         ids.append(int(label))

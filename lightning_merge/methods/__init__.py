@@ -37,7 +37,7 @@ __all__ = [
 
 
 def available_methods() -> dict[str, type[MergeMethod]]:
-    """Return every concrete method by name: those of this folder, and those of installed ``lightning_merge.methods``."""
+    """Return every concrete method by name: those of this folder, and those that installed packages register."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     for plugin in entry_points(group="lightning_merge.methods"):

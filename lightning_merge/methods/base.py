@@ -87,7 +87,9 @@ class Step(ABC):
         """
         name, count = type(self).__name__, len(task_vectors)
         if self.needs_base and task_vectors.base is None:
-            raise UserError(f"{name} needs a base model (task vectors are θ − θ₀), and none is given. Expected --base REF.")
+            raise UserError(
+                f"{name} needs a base model (task vectors are θ − θ₀), and none is given. Expected --base REF."
+            )
         if count < self.min_models or (self.max_models is not None and count > self.max_models):
             most = "" if self.max_models is None else f" and at most {self.max_models}"
             raise UserError(f"{name} takes at least {self.min_models}{most} models, got {count}.")
@@ -154,9 +156,12 @@ class ModelMerge(MergeMethod):
 
     @abstractmethod
     def plan(
-        self, task_vectors: TaskVectors, transforms: Sequence[Transform], score: Callable[[dict[str, Tensor]], float],
+        self,
+        task_vectors: TaskVectors,
+        transforms: Sequence[Transform],
+        score: Callable[[dict[str, Tensor]], float],
         seed: int,
-    ) -> tuple[TensorMerge, TaskVectors]:  # fmt: skip
+    ) -> tuple[TensorMerge, TaskVectors]:
         """Return the merge and the models to which this method reduces, after asking ``score`` as often as needed."""
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
@@ -179,11 +184,15 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         return [float(value)] * len(models)
     for name in value:
         if name not in models:
-            raise UserError(f"{what} names the model '{name}', which is not there. Known: {', '.join(models)}."
-                            f"{nearest(str(name), models)}")  # fmt: skip
+            raise UserError(
+                f"{what} names the model '{name}', which is not there. Known: {', '.join(models)}."
+                f"{nearest(str(name), models)}"
+            )
     missing = [name for name in models if name not in value]
     if missing:
-        raise UserError(f"{what} has no value for the model '{missing[0]}'. Expected one for each of {', '.join(models)}.")
+        raise UserError(
+            f"{what} has no value for the model '{missing[0]}'. Expected one for each of {', '.join(models)}."
+        )
     return [float(value[name]) for name in models]
 
 

@@ -35,9 +35,12 @@ class GreedySoup(ModelMerge):
     needs_score: ClassVar[bool] = True
 
     def plan(
-        self, task_vectors: TaskVectors, transforms: Sequence[Transform], score: Callable[[dict[str, Tensor]], float],
+        self,
+        task_vectors: TaskVectors,
+        transforms: Sequence[Transform],
+        score: Callable[[dict[str, Tensor]], float],
         seed: int,
-    ) -> tuple[TensorMerge, TaskVectors]:  # fmt: skip
+    ) -> tuple[TensorMerge, TaskVectors]:
         """Choose the soup's ingredients; what remains is their simple average."""
 
         def score_of(names: list[str]) -> float:

@@ -36,7 +36,9 @@ def layer_of(name: str, granularity: Granularity) -> str:
     return block.group(0) if block else name.rpartition(".")[0] or name
 
 
-def layer_mask(saliency: Sequence[Sequence[float]], pruned: int, ranking: Literal["task", "global"]) -> list[list[bool]]:
+def layer_mask(
+    saliency: Sequence[Sequence[float]], pruned: int, ranking: Literal["task", "global"]
+) -> list[list[bool]]:
     """Return m_t[l], false for the ``pruned`` least salient layers of each task, or of all tasks together.
 
     Args:
@@ -45,7 +47,9 @@ def layer_mask(saliency: Sequence[Sequence[float]], pruned: int, ranking: Litera
     """
     keep = [[True] * len(row) for row in saliency]
     everything = [(score, layer, task) for task, row in enumerate(saliency) for layer, score in enumerate(row)]
-    groups = [everything] if ranking == "global" else [[e for e in everything if e[2] == t] for t in range(len(saliency))]
+    groups = (
+        [everything] if ranking == "global" else [[e for e in everything if e[2] == t] for t in range(len(saliency))]
+    )
     for group in groups:
         for _, layer, task in sorted(group)[:pruned]:
             keep[task][layer] = False
@@ -98,7 +102,9 @@ class LwPTV(Transform):
         if self.rescale == "inverse_keep" and self.eta == 1:
             raise UserError("LwPTV: rescale inverse_keep divides by 1 - eta, and eta is 1. Expected eta below 1.")
         if self.rescale == "norm" and self.saliency == "entry":
-            raise UserError("LwPTV: rescale norm goes with whole layers. Expected none or inverse_keep with saliency entry.")
+            raise UserError(
+                "LwPTV: rescale norm goes with whole layers. Expected none or inverse_keep with saliency entry."
+            )
 
     @property
     def reach(self) -> Literal["tensor", "model"]:
@@ -210,6 +216,8 @@ def _totals(partial: Partial, kind: str, layers: Sequence[str]) -> list[list[flo
             layer = key[1] if kind else ""
             rows[layer].append(value.tolist())
     return [
-        [math.fsum(block for piece in pieces for block in piece[task]) for task in range(len(pieces[0]))] if pieces else []
+        [math.fsum(block for piece in pieces for block in piece[task]) for task in range(len(pieces[0]))]
+        if pieces
+        else []
         for pieces in (rows[layer] for layer in layers)
     ]

@@ -56,21 +56,25 @@ class Chain:
             self.passes += 1
             measuring = context
             total: Partial = {}
-            for partial in self._over_pieces(index, lambda view, _: step.measure(view, measuring)):
+
+            def measure(view: TensorView, _: dict[int, Context], context: Context = measuring) -> Partial:
+                return step.measure(view, context)
+
+            for partial in self._over_pieces(index, measure):
                 add_partial(total, partial)
             context = step.conclude(total, context)
         self._model_contexts[index] = context
 
-    def _over_pieces(
-        self, index: int, work: Callable[[TensorView, dict[int, Context]], Result]
-    ) -> Iterator[Result]:
+    def _over_pieces(self, index: int, work: Callable[[TensorView, dict[int, Context]], Result]) -> Iterator[Result]:
         """Do ``work`` on every piece as step ``index`` sees it."""
         names = sorted(self.task_vectors.tensor_names)
         if any(self._measures_tensors(position) for position in range(index + 1)):
 
             def whole_tensor(name: str) -> list[Result]:
                 contexts = self._tensor_contexts(name, index)
-                return [work(self._seen_by(name, at, index, contexts), contexts) for at in self.task_vectors.chunks(name)]
+                return [
+                    work(self._seen_by(name, at, index, contexts), contexts) for at in self.task_vectors.chunks(name)
+                ]
 
             for results in in_order(whole_tensor, names, self.workers):
                 yield from results

@@ -44,7 +44,7 @@ class TextProcessor:
         if isinstance(inputs[0], str):
             texts: tuple[list[str], ...] = (list(inputs),)  # type: ignore[arg-type]
         else:
-            first, second = zip(*inputs)
+            first, second = zip(*inputs, strict=True)
             texts = (list(first), list(second))
         tokens = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         return dict(tokens)
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        return [name for (name, _), gradient in zip(named, gradients) if gradient is None]
+        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, config and tokenizer or normalisation as a Hugging Face folder (a base for fine-tuning)."""

@@ -122,7 +122,7 @@ def base_sha256(folder: str | os.PathLike[str]) -> str:
     digests = [_file_sha256(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if len(files) == 1:
         return digests[0]
-    listing = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, files))
+    listing = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -181,7 +181,7 @@ def write_weights(backbone: PreTrainedModel, base: Path, path: Path, metadata: M
         used: set[str] = set()
         for file in weight_files(base):
             source = stack.enter_context(safe_open(str(file), framework="pt"))
-            for name in source.keys():
+            for name in source.keys():  # noqa: SIM118 - not a mapping
                 candidates = (name, name.removeprefix(prefix), prefix + name)
                 match = next((candidate for candidate in candidates if candidate in names), None)
                 original = source.get_tensor(name)

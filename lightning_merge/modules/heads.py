@@ -244,7 +244,7 @@ def load_head(path: str | os.PathLike[str]) -> tuple[ClassEmbeddingHead | Linear
     try:
         with safe_open(str(file), framework="pt") as source:
             metadata = source.metadata() or {}
-            tensors = {name: source.get_tensor(name) for name in source.keys()}
+            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
         raise UserError(f"Head file '{file}' cannot be read as safetensors: {error}") from error
     info = _head_info(file, metadata)

@@ -47,9 +47,14 @@ def most_restrictive(licenses: Sequence[str | None]) -> str | None:
 
 
 def model_card(
-    title: str, method: str, recipe: str, base: SourceRecord | None, models: Sequence[SourceRecord],
-    facts: Mapping[str, str], results: str = "",
-) -> str:  # fmt: skip
+    title: str,
+    method: str,
+    recipe: str,
+    base: SourceRecord | None,
+    models: Sequence[SourceRecord],
+    facts: Mapping[str, str],
+    results: str = "",
+) -> str:
     """Return the card's Markdown.
 
     Args:
@@ -75,16 +80,40 @@ def model_card(
         f"| {source.license or 'not stated'} |"
         for source in sources
     ]
-    licences = f"The most restrictive licence stated is {binding}." if binding else (
-        "At least one source states no licence, or one that a person must judge: read them before sharing this model."
-    )  # fmt: skip
+    licences = (
+        f"The most restrictive licence stated is {binding}."
+        if binding
+        else (
+            "At least one source states no licence, or one that a person must judge: read them before sharing this model."
+        )
+    )
     lines = [
-        *front, "---", "", f"# {title}", "", f"Merged with lightning_merge. {method}", "",
-        *(f"- {name}: {value}" for name, value in facts.items()), "", "## Sources", "",
-        "| role | name | reference | sha256 | licence |", "|---|---|---|---|---|", *rows, "", licences, "",
-        "## Recipe", "", "Save as `merge.yaml` and run `lightning-merge merge --config merge.yaml --output OUT`.", "",
-        "```yaml", recipe.strip(), "```", "",
-    ]  # fmt: skip
+        *front,
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Merged with lightning_merge. {method}",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        "",
+        "## Sources",
+        "",
+        "| role | name | reference | sha256 | licence |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        licences,
+        "",
+        "## Recipe",
+        "",
+        "Save as `merge.yaml` and run `lightning-merge merge --config merge.yaml --output OUT`.",
+        "",
+        "```yaml",
+        recipe.strip(),
+        "```",
+        "",
+    ]
     if results:
         lines += ["## Results", "", results.strip(), ""]
     return "\n".join(lines)

@@ -17,8 +17,16 @@ UNRELATED_DISTANCE = 1.0
 SAMPLED_TENSORS = 12
 SAMPLED_ENTRIES = 1 << 14
 # Entries of config.json that say what a tensor means without changing its shape.
-CONFIG_KEYS = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rope_theta", "vocab_size",
-               "layer_norm_eps", "tie_word_embeddings")  # fmt: skip
+CONFIG_KEYS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rope_theta",
+    "vocab_size",
+    "layer_norm_eps",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -75,19 +83,26 @@ def _compare_headers(
     if missing:
         hint = _prefix_hint(missing[0], model) or nearest(missing[0], model.tensors)
         findings.append(
-            Finding("ERROR", f"Model '{name}' ({model.label}) lacks the tensor '{missing[0]}' of {called} "
-                             f"({len(missing)} missing).{hint} {remedy}")  # fmt: skip
+            Finding(
+                "ERROR",
+                f"Model '{name}' ({model.label}) lacks the tensor '{missing[0]}' of {called} "
+                f"({len(missing)} missing).{hint} {remedy}",
+            )
         )
     known = {reference.stored_name(key) for key in model.tensors} | set(reference.tensors)
     tied = {owner for alias, owner in model.aliases.items() if alias in reference.tensors}
     extra = [
-        key for key in model.tensors
+        key
+        for key in model.tensors
         if key not in known and key not in reference.aliases and key not in tied and not ignored(key, ignore)
-    ]  # fmt: skip
+    ]
     if extra:
         findings.append(
-            Finding("ERROR", f"Model '{name}' ({model.label}) holds the tensor '{extra[0]}', which {called} lacks "
-                             f"({len(extra)} extra).{nearest(extra[0], reference.tensors)} {remedy}")  # fmt: skip
+            Finding(
+                "ERROR",
+                f"Model '{name}' ({model.label}) holds the tensor '{extra[0]}', which {called} lacks "
+                f"({len(extra)} extra).{nearest(extra[0], reference.tensors)} {remedy}",
+            )
         )
     for key, info in reference.tensors.items():
         stored = model.stored_name(key)
@@ -99,28 +114,40 @@ def _compare_headers(
             if len(info.shape) == len(other.shape) and info.shape[1:] == other.shape[1:]:
                 advice = " The first axis differs: another vocabulary or number of classes?"
             findings.append(
-                Finding("ERROR", f"Tensor '{key}' has shape {list(other.shape)} in model '{name}' and "
-                                 f"{list(info.shape)} in {called}. Expected equal shapes.{advice} {remedy}")  # fmt: skip
+                Finding(
+                    "ERROR",
+                    f"Tensor '{key}' has shape {list(other.shape)} in model '{name}' and "
+                    f"{list(info.shape)} in {called}. Expected equal shapes.{advice} {remedy}",
+                )
             )
         elif other.dtype.is_floating_point != info.dtype.is_floating_point:
             findings.append(
-                Finding("ERROR", f"Tensor '{key}' is {other.dtype} in model '{name}' and {info.dtype} in {called}. "
-                                 "Expected both floating point or both integer.")  # fmt: skip
+                Finding(
+                    "ERROR",
+                    f"Tensor '{key}' is {other.dtype} in model '{name}' and {info.dtype} in {called}. "
+                    "Expected both floating point or both integer.",
+                )
             )
     dtypes = {info.dtype for info in model.tensors.values() if info.dtype.is_floating_point}
     reference_dtypes = {info.dtype for info in reference.tensors.values() if info.dtype.is_floating_point}
     if dtypes != reference_dtypes and not findings:
         findings.append(
-            Finding("WARN", f"Model '{name}' is stored in {_listed(dtypes)}, {called} in {_listed(reference_dtypes)}: "
-                            "differences below the coarser rounding are lost.")  # fmt: skip
+            Finding(
+                "WARN",
+                f"Model '{name}' is stored in {_listed(dtypes)}, {called} in {_listed(reference_dtypes)}: "
+                "differences below the coarser rounding are lost.",
+            )
         )
     untied = [alias for alias in reference.aliases if alias in model.tensors and not ignored(alias, ignore)]
     for alias in untied:
         owner = model.stored_name(reference.aliases[alias])
         if owner is not None and not torch.equal(model.read(alias), model.read(owner)):
             findings.append(
-                Finding("ERROR", f"'{alias}' is tied to '{reference.aliases[alias]}' in {called} but differs from it in "
-                                 f"model '{name}'. Expected tied weights to stay equal. {remedy}")  # fmt: skip
+                Finding(
+                    "ERROR",
+                    f"'{alias}' is tied to '{reference.aliases[alias]}' in {called} but differs from it in "
+                    f"model '{name}'. Expected tied weights to stay equal. {remedy}",
+                )
             )
     return findings
 
@@ -139,10 +166,13 @@ def _compare_configs(reference: WeightSource, called: str, name: str, model: Wei
     if expected is None or found is None:
         return []
     return [
-        Finding("WARN", f"config.json: '{key}' is {found.get(key)!r} in model '{name}' and {expected.get(key)!r} in {called}.")
+        Finding(
+            "WARN",
+            f"config.json: '{key}' is {found.get(key)!r} in model '{name}' and {expected.get(key)!r} in {called}.",
+        )
         for key in CONFIG_KEYS
         if key in expected and key in found and expected[key] != found[key]
-    ]  # fmt: skip
+    ]
 
 
 def _compare_values(
@@ -150,9 +180,10 @@ def _compare_values(
 ) -> list[Finding]:
     """Judge from a sample whether a model plausibly was fine-tuned from the reference."""
     candidates = [
-        key for key, info in reference.tensors.items()
+        key
+        for key, info in reference.tensors.items()
         if info.dtype.is_floating_point and len(info.shape) >= 2 and info.numel and not ignored(key, ignore)
-    ]  # fmt: skip
+    ]
     if not candidates:
         return []
     step = max(1, len(candidates) // SAMPLED_TENSORS)
@@ -174,8 +205,11 @@ def _compare_values(
         return [Finding("WARN", f"Model '{name}' equals {called} in every sampled tensor: nothing to merge there?")]
     if not distance <= UNRELATED_DISTANCE:
         return [
-            Finding("WARN", f"Model '{name}' hardly shares its weights with {called} ({measured}). "
-                            "Expected fine-tunings of one pretrained model.")  # fmt: skip
+            Finding(
+                "WARN",
+                f"Model '{name}' hardly shares its weights with {called} ({measured}). "
+                "Expected fine-tunings of one pretrained model.",
+            )
         ]
     return [Finding("INFO", f"Model '{name}' plausibly shares {called}: {measured}.")]
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights in a Hugging Face folder: config, tokenizer, processor; and replacing a folder whole."""
+"""What stands beside the weights in a Hugging Face folder, and replacing a folder whole."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     copied = []
     # Sentence encoders keep their pooling in a folder of its own.
     for path in sorted([*source.glob("*"), *source.glob("*_Pooling/config.json")]):
-        if path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS:
-            if path.stat().st_size <= LARGEST_COMPANION:
-                place = target / path.relative_to(source)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, place)
-                copied.append(str(path.relative_to(source)))
+        wanted = path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS
+        if wanted and path.stat().st_size <= LARGEST_COMPANION:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+            copied.append(str(path.relative_to(source)))
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))

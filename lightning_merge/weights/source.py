@@ -104,8 +104,8 @@ class SafetensorsSource(WeightSource):
             for name, info in tensors.items():
                 if name in self._file_of:
                     raise UserError(
-                        f"Tensor '{name}' stands in two shards of '{label}': {self._file_of[name].name} and {file.name}. "
-                        "Expected each tensor once."
+                        f"Tensor '{name}' stands in two shards of '{label}': {self._file_of[name].name} and "
+                        f"{file.name}. Expected each tensor once."
                     )
                 self.tensors[name] = info
                 self._file_of[name] = file
@@ -191,7 +191,9 @@ def open_weights(ref: Any, prefix: str = "") -> WeightSource:
     if path.is_dir():
         return _open_folder(path, str(ref))
     if path.suffix == ".safetensors":
-        return SafetensorsSource(str(ref), [path], folder=path.parent if (path.parent / "config.json").is_file() else None)
+        return SafetensorsSource(
+            str(ref), [path], folder=path.parent if (path.parent / "config.json").is_file() else None
+        )
     if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         return _open_checkpoint(path, str(ref), prefix)
     raise UserError(f"'{ref}' has the unknown suffix '{path.suffix}'. {ACCEPTED}")
@@ -240,7 +242,9 @@ def _open_folder(path: Path, label: str) -> WeightSource:
         try:
             weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"'{path / INDEX_FILE}' is no index of shards ({error}). Expected a 'weight_map'.") from error
+            raise UserError(
+                f"'{path / INDEX_FILE}' is no index of shards ({error}). Expected a 'weight_map'."
+            ) from error
         source = SafetensorsSource(label, [path / name for name in sorted(set(weight_map.values()))], folder=path)
         missing = sorted(set(weight_map) - set(source.tensors))
         if missing:

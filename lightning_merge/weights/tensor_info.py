@@ -96,7 +96,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{path}' is not a safetensors file: its header cannot be read ({error}). {accepted}") from error
+        raise UserError(
+            f"'{path}' is not a safetensors file: its header cannot be read ({error}). {accepted}"
+        ) from error
     if 8 + length + end_of_data > size:
         raise UserError(
             f"'{path}' is truncated: its header announces {8 + length + end_of_data} bytes, the file holds {size}. "

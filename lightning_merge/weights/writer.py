@@ -34,7 +34,9 @@ class SafetensorsWriter:
         UserError: A dtype that safetensors cannot hold; on closing, a tensor that was not written whole.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._offsets: dict[str, int] = {}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import clip_config, save_bert
 from safetensors.torch import load_file, save_file
+from tiny_models import clip_config, save_bert
 
 from lightning_merge.errors import UserError
 from lightning_merge.modules import Encoder, ImageProcessor, base_sha256, build_vit
@@ -34,7 +34,7 @@ def test_the_poolings_are_what_they_say(bert: Path) -> None:
             "pooler": output.pooler_output,
         }
         torch.testing.assert_close(encoder(**tensors), expected[pooling])
-    with pytest.raises(UserError, match="Unknown pooling 'clss'.*Did you mean 'cls'"):
+    with pytest.raises(UserError, match=r"Unknown pooling 'clss'.*Did you mean 'cls'"):
         Encoder.from_pretrained(bert, "clss")  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ def test_texts_are_cut_at_max_length_and_a_length_the_model_lacks_is_refused(ber
         1,
         4,
     )
-    with pytest.raises(UserError, match="from 2 to 64 tokens.*got 65"):
+    with pytest.raises(UserError, match=r"from 2 to 64 tokens.*got 65"):
         Encoder.from_pretrained(bert, max_length=65)
 
 
@@ -88,8 +88,8 @@ def test_a_base_without_pooler_loads_for_mean_and_is_refused_for_pooler(bert: Pa
         {"format": "pt"},
     )
     first, second = Encoder.from_pretrained(bert), Encoder.from_pretrained(bert)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    with pytest.raises(UserError, match="pooler.dense"):
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"pooler.dense"):
         Encoder.from_pretrained(bert, "pooler")
 
 
@@ -97,7 +97,7 @@ def test_a_missing_layer_is_refused_by_name(bert: Path) -> None:
     weights = load_file(bert / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, bert / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lack the tensor 'encoder.layer.1.output.dense.weight'"):
+    with pytest.raises(UserError, match=r"lack the tensor 'encoder.layer.1.output.dense.weight'"):
         Encoder.from_pretrained(bert)
 
 
@@ -107,7 +107,7 @@ def test_given_tensors_replace_the_folders_under_the_names_of_its_files(vit: Pat
         doubled = {name: 2 * value for name, value in stored.items()}
         encoder = Encoder.from_pretrained(folder, tensors=doubled)
         plain = Encoder.from_pretrained(folder)
-        for (name, value), (_, other) in zip(encoder.named_parameters(), plain.named_parameters()):
+        for (name, value), (_, other) in zip(encoder.named_parameters(), plain.named_parameters(), strict=True):
             torch.testing.assert_close(value, 2 * other, msg=name)
         # and are copied: training the encoder must not write into what the caller holds
         with torch.no_grad():
@@ -121,38 +121,39 @@ def test_given_tensors_replace_the_folders_under_the_names_of_its_files(vit: Pat
             for (key, value), (_, other) in zip(
                 Encoder.from_pretrained(folder, tensors={name: doubled[name]}).named_parameters(),
                 plain.named_parameters(),
+                strict=True,
             )
             if not torch.equal(value, other)
         ]
         assert len(changed) == 1
-    with pytest.raises(UserError, match="Unknown tensor 'pooler.dense.weigth'.*Did you mean 'pooler.dense.weight'"):
+    with pytest.raises(UserError, match=r"Unknown tensor 'pooler.dense.weigth'.*Did you mean 'pooler.dense.weight'"):
         Encoder.from_pretrained(bert, tensors={"pooler.dense.weigth": torch.zeros(1)})
 
 
 def test_what_cannot_be_a_base_is_refused(tmp_path: Path, bert: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist"):
         Encoder.from_pretrained(tmp_path / "absent")
-    with pytest.raises(UserError, match="does not exist"):  # its parent is a folder here: no look-up on the network
+    with pytest.raises(UserError, match=r"does not exist"):  # its parent is a folder here: no look-up on the network
         Encoder.from_pretrained(f"{tmp_path}/absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config.json"):
         Encoder.from_pretrained(tmp_path / "empty")
     whole = (bert / "model.safetensors").read_bytes()
     (bert / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="Cannot load the model"):
+    with pytest.raises(UserError, match=r"Cannot load the model"):
         Encoder.from_pretrained(bert)
     (bert / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no safetensors weights"):
+    with pytest.raises(UserError, match=r"no safetensors weights"):
         Encoder.from_pretrained(bert)
 
 
 def test_inputs_of_the_wrong_kind_are_refused(bert: Path, vit: Path) -> None:
-    with pytest.raises(UserError, match="text model got images"):
+    with pytest.raises(UserError, match=r"text model got images"):
         Encoder.from_pretrained(bert).preprocess(torch.zeros(1, 8, 8, dtype=torch.uint8))
     images = Encoder.from_pretrained(vit)
-    with pytest.raises(UserError, match="image model got texts"):
+    with pytest.raises(UserError, match=r"image model got texts"):
         images.preprocess(["good"])
-    with pytest.raises(UserError, match="torch.float32"):
+    with pytest.raises(UserError, match=r"torch.float32"):
         images.preprocess(torch.zeros(1, 8, 8))
 
 
@@ -194,7 +195,7 @@ def test_normalisation_is_read_from_the_folder(vit: Path) -> None:
     white = Encoder.from_pretrained(vit).preprocess(torch.full((1, 8, 8), 255, dtype=torch.uint8))["pixel_values"]
     torch.testing.assert_close(white, torch.full((1, 1, 8, 8), 4.5))
     (vit / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": [0.2]}))
-    with pytest.raises(UserError, match="image_mean.*3 values.*1 channels"):
+    with pytest.raises(UserError, match=r"image_mean.*3 values.*1 channels"):
         Encoder.from_pretrained(vit)
 
 
@@ -202,9 +203,9 @@ def test_a_built_vit_is_seeded_and_round_trips_as_a_base(tmp_path: Path) -> None
     before = torch.random.get_rng_state()
     first, second = build_vit(seed=3), build_vit(seed=3)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(next(first.parameters()), next(build_vit(seed=4).parameters())) or any(
-        not torch.equal(a, b) for a, b in zip(first.parameters(), build_vit(seed=4).parameters())
+        not torch.equal(a, b) for a, b in zip(first.parameters(), build_vit(seed=4).parameters(), strict=True)
     )
     first.save_pretrained(tmp_path / "base")
     loaded = Encoder.from_pretrained(tmp_path / "base")
@@ -215,7 +216,7 @@ def test_a_built_vit_is_seeded_and_round_trips_as_a_base(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("wrong", [{"image_size": 15}, {"heads": 3}, {"patch_size": 0}])
 def test_sizes_that_do_not_divide_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="multiple"):
+    with pytest.raises(UserError, match=r"multiple"):
         build_vit(**wrong)
 
 
@@ -275,7 +276,7 @@ def test_shards_have_one_hash_and_a_missing_one_is_named(tmp_path: Path) -> None
     assert len(shards) > 1
     assert len(base_sha256(tmp_path / "sharded")) == 64
     whole, parts = Encoder.from_pretrained(folder), Encoder.from_pretrained(tmp_path / "sharded")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     shards[0].unlink()
     with pytest.raises(UserError, match=shards[0].name):
         Encoder.from_pretrained(tmp_path / "sharded")

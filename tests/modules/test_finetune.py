@@ -9,9 +9,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from conftest import clip_config, loader, make_trainer, save_bert, sentences
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import clip_config, loader, make_trainer, save_bert, sentences
 
 from lightning_merge.errors import UserError
 from lightning_merge.modules import (
@@ -97,7 +97,7 @@ def test_logged_accuracy_and_loss_are_those_of_all_rows(bert: Path, tmp_path: Pa
     module = FineTune(str(bert))
     results = make_trainer(tmp_path).test(module, datamodule=TinyData(), verbose=False)
     assert len(results) == 2
-    for result, count in zip(results, (16, 8)):
+    for result, count in zip(results, (16, 8), strict=True):
         texts, labels = sentences(count)
         module.eval()
         logits = module(module.encoder.preprocess(texts))
@@ -233,7 +233,7 @@ def test_configuring_twice_changes_nothing_and_another_task_is_refused(bert: Pat
     head = module.head
     module.configure_model()
     assert module.head is head
-    with pytest.raises(UserError, match="Make a new FineTune"):
+    with pytest.raises(UserError, match=r"Make a new FineTune"):
         make_trainer(tmp_path).fit(module, datamodule=TinyData(task="other", labels=("a", "b", "c"), label_texts=None))
 
 
@@ -341,7 +341,7 @@ def test_lora_trains_its_updates_only_and_exports_what_it_computes(bert: Path, t
 
 
 def test_an_unknown_lora_target_is_refused_with_the_nearest(bert: Path) -> None:
-    with pytest.raises(UserError, match="Unknown LoRA target module 'qeury'.*Did you mean 'query'"):
+    with pytest.raises(UserError, match=r"Unknown LoRA target module 'qeury'.*Did you mean 'query'"):
         FineTune(str(bert), lora=LoraSettings(target_modules=["qeury"]))
 
 
@@ -373,12 +373,12 @@ def test_the_callback_refuses_a_foreign_folder_before_training(bert: Path, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     module = FineTune(str(bert))
-    with pytest.raises(UserError, match="already holds something else"):
+    with pytest.raises(UserError, match=r"already holds something else"):
         fit(module, tmp_path, callbacks=[ExportFineTuned(str(tmp_path / "mine"))])
     assert module.head is None
-    with pytest.raises(UserError, match="needs a ModelCheckpoint"):
+    with pytest.raises(UserError, match=r"needs a ModelCheckpoint"):
         fit(FineTune(str(bert)), tmp_path, callbacks=[ExportFineTuned(str(tmp_path / "new"), weights="best")])
-    with pytest.raises(UserError, match="base's own folder"):
+    with pytest.raises(UserError, match=r"base's own folder"):
         FineTune(str(bert), labels=["a", "b"]).export(bert, task="t")
 
 
@@ -443,11 +443,11 @@ def test_a_setting_out_of_range_is_refused_by_name(bert: Path, wrong: dict[str, 
 
 
 def test_no_classes_and_no_task_are_refused(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="knows no classes"):
+    with pytest.raises(UserError, match=r"knows no classes"):
         make_trainer(tmp_path).fit(FineTune(str(bert)), loader(*sentences(8)))
-    with pytest.raises(UserError, match="Set data.task to one of: mood, other"):
+    with pytest.raises(UserError, match=r"Set data.task to one of: mood, other"):
         make_trainer(tmp_path).fit(FineTune(str(bert)), datamodule=TinyData(task=None))
-    with pytest.raises(UserError, match="3 label_texts for 2 labels"):
+    with pytest.raises(UserError, match=r"3 label_texts for 2 labels"):
         FineTune(str(bert), labels=["a", "b"], label_texts=["a", "b", "c"]).configure_model()
 
 

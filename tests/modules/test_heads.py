@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_bert
 from safetensors.torch import load_file, save_file
+from tiny_models import save_bert
 
 from lightning_merge.errors import UserError
 from lightning_merge.modules import (
@@ -59,12 +59,12 @@ def test_the_class_embedding_head_is_frozen_and_lets_gradients_through() -> None
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
-    with pytest.raises(UserError, match="scale"):
+    with pytest.raises(UserError, match=r"scale"):
         ClassEmbeddingHead(torch.eye(2), scale)
 
 
 def test_a_zero_class_embedding_is_refused() -> None:
-    with pytest.raises(UserError, match="non-zero"):
+    with pytest.raises(UserError, match=r"non-zero"):
         ClassEmbeddingHead(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
 
 
@@ -115,7 +115,7 @@ def test_class_embeddings_are_computed_in_evaluation_mode_which_is_then_restored
 
 def test_a_phrase_for_two_classes_is_refused(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(save_bert(tmp_path / "bert"))
-    with pytest.raises(UserError, match="'good' stands for two classes"):
+    with pytest.raises(UserError, match=r"'good' stands for two classes"):
         class_embeddings(encoder, ["good", "bad", "good"])
 
 
@@ -146,7 +146,7 @@ def test_a_saved_head_comes_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
 
 
 def test_saving_with_the_wrong_number_of_labels_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 labels for 3 classes"):
+    with pytest.raises(UserError, match=r"2 labels for 3 classes"):
         save_head(LinearHead(4, 3), tmp_path / "h.safetensors", labels=["a", "b"], task="t")
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +192,7 @@ def test_a_missing_truncated_or_foreign_file_is_refused_by_name(tmp_path: Path) 
 
 def test_a_head_with_nan_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.full((2, 3), float("nan"))}, tmp_path / "h.safetensors", good_metadata())
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=r"not finite"):
         load_head(tmp_path / "h.safetensors")
 
 
