@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -23,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.methods import MergeMethod, TensorMerge, Transform
+from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
 from lightning_merge.methods.streaming import Chain, resolve
 from lightning_merge.task_vectors import TaskVectors
@@ -32,6 +30,7 @@ from lightning_merge.weights import (
     SafetensorsWriter,
     TensorInfo,
     WeightSource,
+    peak_memory_bytes,
     read_checkpoint,
     sha256_of_source,
 )
@@ -225,12 +224,6 @@ def card_text(
     )
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
@@ -357,6 +350,3 @@ def _write_checkpoint(
     state_dict = dict(content.get("state_dict", {}))
     state_dict.update({prefix + name: values.reshape(infos[name].shape) for name, values in merged.items()})
     torch.save({"epoch": 0, "global_step": 0, **content, "state_dict": state_dict}, path)
-
-
-__all__ = ["MergeReport", "TensorMerge", "as_config", "describe", "merge", "peak_memory_bytes", "resolved_recipe"]

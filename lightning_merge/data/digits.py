@@ -121,7 +121,8 @@ class Digits(TaskData):
     def _draw(self, domain: str, rows: np.ndarray, view: str | None) -> Split:
         images, labels = _digits()
         size = self.image_size // 2 if self.layout == "quadrants" else self.image_size
-        drawn = _transform(_view(_resize(images[rows], size), view), domain)
+        strokes = _thicken(images[rows]) if view == "thick" else images[rows]
+        drawn = _transform(_view(_resize(strokes, size), view), domain)
         canvas = np.zeros((len(rows), self.image_size, self.image_size), dtype=np.uint8)
         top, left = 0, 0
         if self.layout == "quadrants":
@@ -163,18 +164,21 @@ def _resize(images: np.ndarray, size: int) -> np.ndarray:
     return np.einsum("ia,nab,jb->nij", weights, images, weights)
 
 
+def _thicken(images: np.ndarray) -> np.ndarray:
+    """Return the digits ``(N, 8, 8)`` with strokes wider by half a pixel on each side."""
+    side = images.shape[1]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+    near = [padded[:, top : top + side, left : left + side] for top, left in ((0, 1), (1, 0), (1, 2), (2, 1))]
+    return np.maximum(images, 0.5 * np.max(near, axis=0))
+
+
 def _view(images: np.ndarray, view: str | None) -> np.ndarray:
-    """Return the digits in a mild view that no domain trains on."""
-    if view is None:
-        return images
+    """Return the digits moved or turned a little, as no domain trains on them."""
     if view == "nudged":
         whole, part = divmod(images.shape[1] / 16, 1.0)
         return (1.0 - part) * _move(images, int(whole)) + part * _move(images, int(whole) + 1)
-    if view == "thick":
-        padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-        side = images.shape[1]
-        near = [padded[:, a : a + side, b : b + side] for a, b in ((0, 1), (1, 0), (1, 2), (2, 1))]
-        return np.maximum(images, 0.5 * np.max(near, axis=0))
+    if view != "tilted":
+        return images
     from scipy.ndimage import rotate
 
     return rotate(images, 20.0, axes=(1, 2), reshape=False, order=1, mode="constant", cval=0.0)

@@ -1,6 +1,7 @@
 """Tensors in and out of files and modules: opened lazily, checked from headers, written whole or not at all."""
 
 from lightning_merge.weights.compatibility import Finding, find_incompatibilities
+from lightning_merge.weights.memory import peak_memory_bytes
 from lightning_merge.weights.source import (
     MemorySource,
     SafetensorsSource,
@@ -23,6 +24,7 @@ __all__ = [
     "WeightSource",
     "find_incompatibilities",
     "open_weights",
+    "peak_memory_bytes",
     "read_checkpoint",
     "resolve_path",
     "save_safetensors",

@@ -117,3 +117,8 @@ def model_card(
     if results:
         lines += ["## Results", "", results.strip(), ""]
     return "\n".join(lines)
+
+
+def with_results(card: str, results: str) -> str:
+    """Return a card whose last section holds these results, in place of earlier ones."""
+    return card.partition("\n## Results\n")[0].rstrip() + "\n\n## Results\n\n" + results.strip() + "\n"

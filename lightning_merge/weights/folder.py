@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +42,25 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
         name = str(dtype).removeprefix("torch.")
         content.update({key: name for key in ("dtype", "torch_dtype") if key in content})
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return copied
+
+
+def copy_model(files: Sequence[Path], source: Path, target: Path) -> list[str]:
+    """Copy a model's folder, weights included; the copy appears whole or not at all.
+
+    Returns:
+        The names of the files copied.
+    """
+    work = target.with_name(target.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    copied = copy_companions(source, work)
+    for file in [*files, *source.glob("*.safetensors.index.json")]:
+        shutil.copyfile(file, work / file.name)
+        copied.append(file.name)
+    if (source / "README.md").is_file():  # it states the licence
+        shutil.copyfile(source / "README.md", work / "README.md")
+    replace_folder(work, target)
     return copied
 
 

@@ -1,6 +1,8 @@
-"""Corruptions: a row's result depends on row, seed and severity alone; more severity changes more; nothing is mutated."""
+"""Corruptions: a result depends on row, seed and severity alone; more severity changes more; nothing is mutated."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ TEXTS = [f"The quick brown fox number {row} jumps over many lazy dogs and return
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
+    from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
-    return np.kron(load_digits().images[:24] * 15.9, np.ones((1, 3, 3))).astype(np.uint8)  # (24, 24, 24)
+    return zoom(load_digits().images[:24] * 15.9, (1, 3, 3), order=1).astype(np.uint8)  # (24, 24, 24)
 
 
 def clean(name: str, images: np.ndarray) -> object:
@@ -60,7 +63,7 @@ def test_severity_is_monotone(name: str, images: np.ndarray) -> None:
         else:
             words = [zip(a.split(), b.split(), strict=False) for a, b in zip(TEXTS, result, strict=True)]
             amounts.append(sum(x != y for pairs in words for x, y in pairs))
-    assert all(low < high for low, high in zip(amounts, amounts[1:], strict=False)), amounts
+    assert all(low < high for low, high in pairwise(amounts)), amounts
     assert amounts[0] > 0
 
 

@@ -102,7 +102,7 @@ def test_bad_archives_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\['a', 'c'\].*'one'"):
         ImageArrays(tmp_path, ood={"one": ["third"]}).get("one")
     write_images(tmp_path, "wrong", y_dev=np.array([0, 2], dtype=np.uint8))
-    with pytest.raises(UserError, match="'wrong'.*'dev'.*label id 2"):
+    with pytest.raises(UserError, match=r"'wrong'.*'dev'.*label id 2"):
         ImageArrays(tmp_path).get("wrong")
     write_images(tmp_path, "real", y_dev=np.array([0.0, 1.0]))
     with pytest.raises(UserError, match="float64"):

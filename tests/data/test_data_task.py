@@ -100,22 +100,33 @@ def test_the_fingerprint_sees_every_row_label_and_name_but_not_the_task_name() -
     assert fingerprint(pairs[0]) != fingerprint(pairs[1])
 
 
-def test_fingerprints_and_orders_do_not_depend_on_the_process() -> None:
+def test_rows_and_orders_do_not_depend_on_the_process_and_packages_are_read_unimported() -> None:
     code = (
+        "import sys\n"
         "from data_helpers import Made\n"
-        "from lightning_merge.data import Digits\n"
+        "from lightning_merge.data import Digits, DocstringTasks\n"
+        "sentences = DocstringTasks(packages=['stdlib', 'sklearn'], ood_packages={}, megabytes=1.5)\n"
+        "print(sentences.fingerprint('kind'), 'sklearn' in sys.modules)\n"
         "data = Made(max_train=20)\n"
         "print(data.fingerprint('short'), data.fingerprint('pairs'), Digits(max_train=9).fingerprint('mirrored'),\n"
         "      list(data.loader('short', 'train', shuffle=True).sampler))\n"
     )
     folder = Path(__file__).parent
-    outputs = set()
-    for seed in ("0", "4242"):
-        path = os.pathsep.join([str(folder), str(folder.parents[1])])
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        outputs.add(done.stdout)
-    assert len(outputs) == 1 and len(next(iter(outputs))) > 200
+    path = os.pathsep.join([str(folder), str(folder.parents[1])])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("0", "4242")
+    ]
+    outputs = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert outputs[0][0] == outputs[1][0] and len(outputs[0][0]) > 250
+    assert outputs[0][0].splitlines()[0].endswith(" False"), "sklearn was imported"
 
 
 def test_unknown_names_give_the_nearest_spelling() -> None:

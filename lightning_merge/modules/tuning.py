@@ -1,0 +1,191 @@
+"""Fine-tune one task, or pretrain a small base, with Lightning's Trainer: the training stages of a run."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_merge.errors import UserError, nearest
+from lightning_merge.modules.encoder import build_vit
+from lightning_merge.modules.finetune import FineTune
+from lightning_merge.weights import open_weights, peak_memory_bytes, sha256_of_source
+
+if TYPE_CHECKING:
+    from lightning_merge.data import TaskData
+
+
+@dataclass
+class FineTuneSettings:
+    """How a task is learned.
+
+    Args:
+        module: Settings of :class:`FineTune`: learning_rate, head, head_scale, decay, lora, ...
+        max_epochs: Passes over the training rows.
+        precision: Of Lightning's Trainer: ``32-true``, ``bf16-mixed``, ...
+        patience: Stop after so many epochs without a better validation accuracy and keep the best; ``null`` keeps the
+            last and never looks at validation rows.
+        trainer: Further arguments of Lightning's Trainer, such as ``accelerator``, ``devices``, ``strategy``.
+    """
+
+    module: dict[str, Any] = field(default_factory=dict)
+    max_epochs: int = 1
+    precision: str = "32-true"
+    patience: int | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse settings that FineTune or the Trainer do not know.
+
+        Raises:
+            UserError: An unknown name, with the nearest spelling, or a number out of range.
+        """
+        for what, given, kind in (("module", self.module, FineTune), ("trainer", self.trainer, L.Trainer)):
+            known = [name for name in inspect.signature(kind.__init__).parameters if name not in {"self", "base"}]
+            for name in given:
+                if name not in known:
+                    raise UserError(
+                        f"finetune.{what}: {kind.__name__} has no setting '{name}'. "
+                        f"Known: {', '.join(known)}.{nearest(name, known)}"
+                    )
+        if self.max_epochs < 1:
+            raise UserError(f"finetune.max_epochs must be at least 1, got {self.max_epochs}.")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"finetune.patience must be at least 1 or null, got {self.patience}.")
+
+
+@dataclass
+class PretrainSettings(FineTuneSettings):
+    """How a small vision transformer is made into a base: its size, and training on the ``pretrain`` task.
+
+    Args:
+        module: Settings of :class:`FineTune`.
+        max_epochs: Passes over the training rows.
+        precision: Of Lightning's Trainer.
+        patience: As for fine-tuning.
+        trainer: Further arguments of Lightning's Trainer.
+        vit: Settings of :func:`build_vit`: image_size, hidden_size, layers, heads, patch_size.
+    """
+
+    vit: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Tuned:
+    """What one fine-tuning left behind."""
+
+    task: str
+    sha256: str
+    trained_parameters: int
+    seconds: float
+    peak_memory_bytes: int
+    validation_accuracy: float | None = None
+
+
+def fine_tune(
+    settings: FineTuneSettings, data: TaskData, task: str, base: Path, folder: Path, head_path: Path, seed: int
+) -> Tuned:
+    """Fine-tune the base on one task and write weights and head.
+
+    Args:
+        settings: How to train.
+        data: The tasks.
+        task: The one to learn.
+        base: Folder of the pretrained model.
+        folder: Where the fine-tuned model goes, as a Hugging Face folder.
+        head_path: Where the head goes.
+        seed: Of the order of rows, dropout, and a trained head's first weights.
+
+    The caller's random state is neither read nor moved.
+    """
+    started = time.monotonic()
+    checkpoints = folder.with_name(folder.name + ".checkpoints")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    callbacks: list[L.Callback] = []
+    if settings.patience is not None:
+        callbacks = [
+            EarlyStopping("val_accuracy", mode="max", patience=settings.patience),
+            ModelCheckpoint(checkpoints, monitor="val_accuracy", mode="max", save_weights_only=True),
+        ]
+    with isolate_rng(), quiet_lightning(), _single_task(data, task):
+        torch.manual_seed(seed)
+        module = FineTune(str(base), **{"seed": seed, **settings.module})
+        trainer = L.Trainer(
+            max_epochs=settings.max_epochs,
+            callbacks=callbacks,
+            **{
+                "precision": settings.precision,
+                "logger": False,
+                "enable_checkpointing": settings.patience is not None,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "limit_val_batches": 1.0 if settings.patience is not None else 0,
+                "num_sanity_val_steps": 0,
+                **settings.trainer,
+            },
+        )
+        trainer.fit(module, datamodule=data)
+        accuracy = None
+        if settings.patience is not None:
+            best = callbacks[1]
+            assert isinstance(best, ModelCheckpoint)
+            accuracy = float(best.best_model_score) if best.best_model_score is not None else None
+            saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+            module.load_state_dict(saved["state_dict"])
+        module.export(folder, task=task, head_path=head_path)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return Tuned(
+        task, sha256_of_source(open_weights(folder)), trained, time.monotonic() - started, peak_memory_bytes(), accuracy
+    )
+
+
+def pretrain(settings: PretrainSettings, data: TaskData, folder: Path, seed: int) -> dict[str, Any]:
+    """Make a base: a small vision transformer with seeded weights, trained on the data's ``pretrain`` task."""
+    start = folder.with_name(folder.name + ".untrained")
+    shutil.rmtree(start, ignore_errors=True)
+    build_vit(**{"seed": seed, **settings.vit}).save_pretrained(start)
+    tuned = fine_tune(settings, data, "pretrain", start, folder, start / "head.safetensors", seed)
+    shutil.rmtree(start)
+    return {"seconds": tuned.seconds, "validation_accuracy": tuned.validation_accuracy}
+
+
+@contextmanager
+def _single_task(data: TaskData, task: str) -> Iterator[None]:
+    """Single out one task of the datamodule for a while."""
+    before, data.task = data.task, task
+    try:
+        yield
+    finally:
+        data.task = before
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out what Lightning says about devices and workers at each of many small fits."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*on_before_batch_transfer.*")
+            warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
