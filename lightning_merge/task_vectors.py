@@ -394,7 +394,9 @@ class TaskVectors(Mapping[str, TaskVector]):
         return values
 
     def _classify(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        merged, averaged, copied = [], [], []
+        merged: list[str] = []
+        averaged: list[str] = []
+        copied: list[str] = []
         for name, info in self.template.tensors.items():
             statistics = name.endswith((".running_mean", ".running_var")) or name in {"running_mean", "running_var"}
             if not info.dtype.is_floating_point or ignored(name, self.ignore):

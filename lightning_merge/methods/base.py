@@ -95,7 +95,7 @@ class Step(ABC):
             raise UserError(f"{name} takes at least {self.min_models}{most} models, got {count}.")
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if "allowed" in spec.metadata and isinstance(value, Mapping):
+            if "allowed" in spec.metadata and isinstance(value, dict):
                 per_model(f"{name}: {spec.name}", value, task_vectors.names)
 
     def begin(self, header: Header) -> Context:

@@ -141,7 +141,7 @@ class LwPTV(Transform):
             return context.entries.measure(view)
         layer = layer_of(view.name, self.granularity)
         deltas = view.deltas.double()
-        measured = {("square", layer, view.name, view.start): _blocks(deltas.square())}
+        measured: Partial = {("square", layer, view.name, view.start): _blocks(deltas.square())}
         if self.saliency == "magnitude":
             measured[("score", layer, view.name, view.start)] = _blocks(deltas.abs())
         elif self.saliency == "distance":
@@ -149,7 +149,7 @@ class LwPTV(Transform):
             measured[("score", layer, view.name, view.start)] = _blocks((deltas - mean).abs())
         else:
             measured[("base", layer, view.name, view.start)] = _blocks(view.base.double().square()[None])
-        return dict(measured)
+        return measured
 
     def conclude(self, partial: Partial, context: _Layers) -> Context:
         """Rank the layers of each task."""
@@ -210,14 +210,11 @@ def _blocks(values: Tensor) -> Tensor:
 
 def _totals(partial: Partial, kind: str, layers: Sequence[str]) -> list[list[float]]:
     """Add block sums exactly, layer by layer: one row of T totals for each layer."""
-    rows: dict[str, list[list[float]]] = {layer: [] for layer in layers}
+    rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for key, value in partial.items():
         if isinstance(key, tuple) and key[0] == kind:
-            layer = key[1] if kind else ""
-            rows[layer].append(value.tolist())
+            rows[key[1] if kind else ""].append(value)
     return [
-        [math.fsum(block for piece in pieces for block in piece[task]) for task in range(len(pieces[0]))]
-        if pieces
-        else []
+        [math.fsum(task) for task in torch.cat(pieces, dim=1).tolist()] if pieces else []
         for pieces in (rows[layer] for layer in layers)
     ]

@@ -96,6 +96,7 @@ class LargestEntries(Context):
             self.complete = not any(threshold.tied for threshold in self.groups.values())
         else:
             for key, threshold in self.groups.items():
+                assert threshold.equal_kept is not None
                 before = torch.zeros_like(threshold.equal_kept)
                 at = [where for where in partial if self.group(where[0]) == key]  # type: ignore[index]
                 for where in sorted(at):  # type: ignore[type-var]

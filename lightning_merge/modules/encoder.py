@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError, unknown
-from lightning_merge.modules.folder import copy_companions, quiet_transformers, resolve_folder, weight_files
+from lightning_merge.modules.folder import quiet_transformers, resolve_folder
+from lightning_merge.weights import open_weights
+from lightning_merge.weights.folder import copy_companions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +151,7 @@ class Encoder(nn.Module):
                 encoder of text or images.
         """
         source = resolve_folder(folder)
-        files = weight_files(source)
+        files = open_weights(source).files
         if pooling is not None and pooling not in POOLINGS:
             raise unknown("pooling", pooling, POOLINGS)
         model_class, config, kind = _architecture(source)

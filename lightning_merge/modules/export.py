@@ -10,7 +10,8 @@ import torch
 
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.modules.finetune import FineTune
-from lightning_merge.modules.folder import BASE_SHA256, COMPANION_FILES
+from lightning_merge.modules.folder import BASE_SHA256
+from lightning_merge.weights import open_weights
 
 
 class ExportFineTuned(L.Callback):
@@ -47,7 +48,7 @@ class ExportFineTuned(L.Callback):
         if not isinstance(pl_module, FineTune):
             raise UserError(f"ExportFineTuned exports a FineTune module, got {type(pl_module).__name__}.")
         target = Path(self.folder)
-        if target.exists() and not (target.is_dir() and _is_export(target)):
+        if target.exists() and not (target.is_dir() and _is_export(target, pl_module.base_folder)):
             raise UserError(
                 f"Export folder '{target}' already holds something else. "
                 "Accepted: a new folder, an empty one, or an earlier export."
@@ -69,18 +70,13 @@ class ExportFineTuned(L.Callback):
         trainer.strategy.barrier()
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether a folder is empty or was written by ``FineTune.export``."""
-    from safetensors import SafetensorError, safe_open
-
-    if not any(folder.iterdir()):
-        return True
+def _is_export(folder: Path, base: Path) -> bool:
+    """Whether a folder is empty or was written, perhaps not to its end, by ``FineTune.export``."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         # an export that was interrupted has no weights yet, but nothing that is not a copy of the base either
-        return {entry.name for entry in folder.iterdir()} <= {"heads", *COMPANION_FILES}
+        return {entry.name for entry in folder.iterdir()} <= {"heads", *(entry.name for entry in base.iterdir())}
     try:
-        with safe_open(str(weights), framework="pt") as source:
-            return BASE_SHA256 in (source.metadata() or {})
-    except SafetensorError:
+        return BASE_SHA256 in open_weights(weights).metadata
+    except UserError:
         return False

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.modules.encoder import Encoder
-from lightning_merge.modules.folder import BASE_SHA256, base_sha256, copy_companions, write_weights
+from lightning_merge.modules.folder import BASE_SHA256, base_sha256, write_weights
 from lightning_merge.modules.heads import (
     ClassEmbeddingHead,
     HeadKind,
@@ -30,6 +30,7 @@ from lightning_merge.modules.heads import (
     save_head,
 )
 from lightning_merge.modules.lora import LoraSettings, adapt
+from lightning_merge.weights.folder import copy_companions
 
 Decay = Literal["linear", "cosine", "constant"]
 

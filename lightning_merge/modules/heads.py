@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError
-from lightning_merge.modules.folder import save_atomically
+from lightning_merge.weights import save_safetensors
 
 if TYPE_CHECKING:
     from lightning_merge.modules.encoder import Encoder
@@ -227,7 +227,7 @@ def save_head(
         metadata["pooling"] = pooling
     if max_length is not None:
         metadata["max_length"] = str(max_length)
-    save_atomically(tensors, Path(path), metadata)
+    save_safetensors(tensors, Path(path), metadata)
 
 
 def load_head(path: str | os.PathLike[str]) -> tuple[ClassEmbeddingHead | LinearHead, HeadInfo]:

@@ -21,13 +21,14 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
 
     Args:
         source: A Hugging Face folder.
-        target: An existing folder.
+        target: A folder; made if absent.
         dtype: Where given, the dtype that ``config.json`` then states.
 
     Returns:
         The names of the files copied.
     """
     copied = []
+    target.mkdir(parents=True, exist_ok=True)
     # Sentence encoders keep their pooling in a folder of its own.
     for path in sorted([*source.glob("*"), *source.glob("*_Pooling/config.json")]):
         wanted = path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS

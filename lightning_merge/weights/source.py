@@ -219,19 +219,20 @@ def resolve_path(ref: str | Path) -> Path:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", text):
+    # A path with a typing error must not be looked up on the network: its first part would be a folder here.
+    if re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[\w./-]+)?", text) and not path.parent.is_dir():
         return _snapshot(text)
     raise UserError(f"Nothing is at '{ref}'. {ACCEPTED}")
 
 
 def _snapshot(ref: str) -> Path:
-    """Fetch ``owner/name@revision`` from the Hub (weights, config and tokenizer only, never code or pickles)."""
+    """Fetch ``owner/name[@revision]`` from the Hub (weights, config and tokenizer only, never code or pickles)."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = ref.partition("@")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds: offline, unknown repository, gated, ...
         raise UserError(f"'{ref}' could not be fetched from the Hub: {error}. {ACCEPTED}") from error
 

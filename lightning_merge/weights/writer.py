@@ -73,7 +73,7 @@ class SafetensorsWriter:
             raise ValueError(
                 f"'{name}' announced {info}, got {values.numel()} entries of {values.dtype} at index {start}."
             )
-        data = memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         position = self._data_start + self._offsets[name] + start * info.dtype.itemsize
         while data:
             written = os.pwrite(self._file, data, position)

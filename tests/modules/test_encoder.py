@@ -131,16 +131,16 @@ def test_given_tensors_replace_the_folders_under_the_names_of_its_files(vit: Pat
 
 
 def test_what_cannot_be_a_base_is_refused(tmp_path: Path, bert: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist"):
+    with pytest.raises(UserError, match=r"Nothing is at"):
         Encoder.from_pretrained(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"does not exist"):  # its parent is a folder here: no look-up on the network
+    with pytest.raises(UserError, match=r"Nothing is at"):  # its parent is a folder here: no look-up on the network
         Encoder.from_pretrained(f"{tmp_path}/absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"config.json"):
         Encoder.from_pretrained(tmp_path / "empty")
     whole = (bert / "model.safetensors").read_bytes()
     (bert / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"Cannot load the model"):
+    with pytest.raises(UserError, match=r"is truncated"):
         Encoder.from_pretrained(bert)
     (bert / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no safetensors weights"):
