@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"lightning-merge {verb}: error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # a parser that printed its help
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
@@ -80,7 +82,9 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--base", type=str | None, help="the pretrained model: folder, file, or owner/name@revision")
     parser.add_argument("--models", type=dict[str, str], default={}, help="the fine-tuned models: '{cars: A, sun: B}'")
     parser.add_argument("--output", type=str | None, help="a folder, a .safetensors file or a Lightning .ckpt file")
-    parser.add_argument("--ignore", type=list[str], default=[], help="patterns of tensors kept as the base has them")
+    parser.add_argument(
+        "--ignore", type=list[str] | str, default=[], help="pattern, or list of patterns, of tensors kept as the base's"
+    )
     parser.add_argument(
         "--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it"
     )
@@ -94,9 +98,8 @@ def _merge(arguments: Sequence[str]) -> int:
         raise UserError("No output. Expected --output FOLDER (or a .safetensors or .ckpt file).")
     if options.batch_norm not in {"average", "base"}:
         raise unknown("batch_norm", options.batch_norm, ["average", "base"])
-    task_vectors = TaskVectors.open(
-        options.base, options.models, options.ignore, options.prefix, batch_norm=options.batch_norm
-    )
+    ignore = [options.ignore] if isinstance(options.ignore, str) else options.ignore
+    task_vectors = TaskVectors.open(options.base, options.models, ignore, options.prefix, batch_norm=options.batch_norm)
     _print_findings([f for f in task_vectors.findings if options.dry_run or f.level != "INFO"])
     with _progress(f"merging {len(task_vectors)} models") as on_progress:
         report = merge(

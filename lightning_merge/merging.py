@@ -12,7 +12,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_merge.errors import UserError
+from lightning_merge.errors import UserError, unknown
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
 from lightning_merge.methods.streaming import Chain, resolve
-from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.task_vectors import TaskVector, TaskVectors
 from lightning_merge.weights import (
     Finding,
     SafetensorsWriter,
@@ -39,6 +41,8 @@ from lightning_merge.weights.folder import copy_companions, replace_folder, writ
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SECONDS_BETWEEN_REPORTS = 0.1
+# What a recipe names in place of a file where algebra in Python made the task vector: such a merge cannot be read back.
+COMPUTED = "(a task vector computed in Python)"
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def merge(
     Raises:
         UserError: The models do not fit, or the output holds something else; nothing is then written.
 
-    Cost: see the method; memory holds pieces of 2¹⁷ entries of T models for each core (for ``.ckpt`` the whole model).
+    Cost: see the method; memory holds pieces of 2¹⁸ entries of T models for each core (for ``.ckpt`` the whole model).
     """
     output = Path(output)
     wanted = _dtype(dtype)
@@ -110,8 +114,11 @@ def merge(
         return planned
 
     started_hashing = time.perf_counter()
-    sources = {name: source for name, source in [("", task_vectors.base), *task_vectors.models.items()] if source}
+    computed = [name for name, vector in task_vectors.items() if vector.finetuned is None]
+    opened = {"": task_vectors.base, **task_vectors.models}
+    sources = {name: source for name, source in opened.items() if source and name not in computed}
     hashes = {name: sha256_of_source(source) for name, source in sources.items()}
+    hashes |= {name: _sha256_of_values(task_vectors[name]) for name in computed}
     hashing_seconds = time.perf_counter() - started_hashing
     identity = {"recipe": recipe, "sha256": hashes}
     recipe_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -124,9 +131,11 @@ def merge(
     is_folder = output.suffix not in {".safetensors", ".ckpt"}
     # The name carries the process, so that two merges into one place do not write into each other.
     work = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         if is_folder:
+            shutil.rmtree(work, ignore_errors=True)  # of a killed process that had the same number
             work.mkdir()
         target = work / "model.safetensors" if is_folder else work
         if output.suffix == ".ckpt":
@@ -139,7 +148,7 @@ def merge(
             seconds=time.perf_counter() - started,
             hashing_seconds=hashing_seconds,
             passes=chain.passes,
-            bytes_read=chain.passes * sum(source.nbytes for source in sources.values()),
+            bytes_read=chain.passes * sum(source.nbytes for source in opened.values() if source),
             bytes_written=planned.bytes_written,
             peak_memory_bytes=peak_memory_bytes(),
             findings=task_vectors.findings,
@@ -154,10 +163,17 @@ def merge(
             write_text(work / "README.md", card_text(report, method, transforms, sources, hashes, title))
             replace_folder(work, output)
         else:
+            # No record may vouch for weights it does not describe, even if the process is killed between the two.
+            _record_of(output).unlink(missing_ok=True)
             os.replace(work, output)
             write_text(_record_of(output), json.dumps(record, indent=2) + "\n")
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True) if work.is_dir() else work.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            shutil.rmtree(work) if work.is_dir() else work.unlink(missing_ok=True)
+            for parent in made:
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
         raise
     return report
 
@@ -170,14 +186,17 @@ def resolved_recipe(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return the whole recipe as plain data, in the form that ``lightning-merge merge --config`` reads."""
-    first = next(iter(task_vectors.models.values()), None)
+    sources = [source for source in [task_vectors.base, *task_vectors.models.values()] if source]
     return {
         "method": as_config(method),
         "transforms": [as_config(step) for step in transforms],
         "base": task_vectors.base.label if task_vectors.base else None,
-        "models": {name: source.label for name, source in sorted(task_vectors.models.items())},
+        "models": {
+            name: COMPUTED if vector.finetuned is None else task_vectors.models[name].label
+            for name, vector in task_vectors.items()
+        },
         "ignore": list(task_vectors.ignore),
-        "prefix": first.prefix if first else "",
+        "prefix": next((source.prefix for source in sources if source.prefix), ""),
         "batch_norm": task_vectors.batch_norm,
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch.") if dtype else None,
@@ -211,7 +230,12 @@ def card_text(
     results: str = "",
 ) -> str:
     """Return the model card of a finished merge."""
-    records = {name: SourceRecord.of(name or "base", source, hashes[name]) for name, source in sources.items()}
+    records = {
+        name: SourceRecord.of(name or "base", sources[name], sha256)
+        if name in sources
+        else SourceRecord(name, COMPUTED, sha256, None)
+        for name, sha256 in hashes.items()
+    }
     papers = "; ".join(dict.fromkeys(step.paper for step in [*transforms, method] if step.paper))
     return model_card(
         title or report.output.name,
@@ -225,11 +249,12 @@ def card_text(
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"Unknown dtype '{dtype}'. Accepted: {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def _output_tensors(task_vectors: TaskVectors, dtype: torch.dtype | None, with_aliases: bool) -> dict[str, TensorInfo]:
@@ -244,12 +269,22 @@ def _output_tensors(task_vectors: TaskVectors, dtype: torch.dtype | None, with_a
     return infos
 
 
+def _sha256_of_values(vector: TaskVector) -> str:
+    """Return the sha256 of a task vector that algebra made: of its values, since no file holds them."""
+    digest = hashlib.sha256()
+    for name in vector.space.tensor_names:
+        digest.update(f"{name}:{vector.space.shape(name)};".encode())
+        for start, stop in vector.space.chunks(name):
+            digest.update(vector.read(name, start, stop).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _check_output(output: Path, task_vectors: TaskVectors, overwrite: bool) -> None:
     """Refuse to write over a source, or over anything that is not an earlier merge."""
     for source in [task_vectors.base, *task_vectors.models.values()]:
         places = [*(source.files if source else ()), *([source.folder] if source and source.folder else [])]
-        if output.exists() and any(place.resolve() == output.resolve() for place in places):
-            raise UserError(f"The output '{output}' is one of the models being merged. Expected another place.")
+        if output.exists() and any(output.resolve() in [p.resolve(), *p.resolve().parents[:-1]] for p in places):
+            raise UserError(f"The output '{output}' is or holds a model being merged. Expected another place.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / "merge.json").is_file() or _record_of(output).is_file()
@@ -281,16 +316,14 @@ def _record(
     from lightning_merge import __version__
 
     versions = {"lightning_merge": __version__, "torch": torch.__version__, "safetensors": safetensors.__version__}
-    base = {"base": {"reference": sources[""].label, "sha256": identity["sha256"][""]}} if "" in sources else {}
+    references = {
+        name or "base": {"reference": sources[name].label if name in sources else COMPUTED, "sha256": sha256}
+        for name, sha256 in identity["sha256"].items()
+    }
     return {
         "recipe_hash": recipe_hash,
         "recipe": report.recipe,
-        "sources": base
-        | {
-            name: {"reference": source.label, "sha256": identity["sha256"][name]}
-            for name, source in sources.items()
-            if name
-        },
+        "sources": references,
         "versions": {"python": platform.python_version(), **versions},
         "seconds": round(report.seconds, 3),
         "hashing_seconds": round(report.hashing_seconds, 3),
@@ -349,4 +382,7 @@ def _write_checkpoint(
     prefix = template.prefix
     state_dict = dict(content.get("state_dict", {}))
     state_dict.update({prefix + name: values.reshape(infos[name].shape) for name, values in merged.items()})
-    torch.save({"epoch": 0, "global_step": 0, **content, "state_dict": state_dict}, path)
+    # Lightning migrates a checkpoint by the version that wrote it, and refuses one that names none.
+    defaults = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
+    with path.open("wb") as stream:  # given a path, torch would write the file's name into the file
+        torch.save({**defaults, **content, "state_dict": state_dict}, stream)

@@ -21,7 +21,7 @@ from lightning_merge.weights.compatibility import ignored
 # Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
 GRID = 1 << 16
 # Entries of one tensor handled at once: a few MiB a model.
-CHUNK = 2 * GRID
+CHUNK = 4 * GRID
 
 Read = Callable[[str, int, int], Tensor]  # (tensor name, start, stop) -> flat values
 
@@ -52,9 +52,11 @@ class TensorView:
 
     @cached_property
     def finetuned(self) -> Tensor:
-        """θ_t, ``(T, n)`` in the computing dtype; as stored, unless a transform changed the task vectors."""
+        """θ_t, ``(T, n)`` in the computing dtype; as stored wherever no transform changed the task vectors."""
         if self._deltas is not None:
-            return self.base + self._deltas
+            original = self.original
+            kept = self._deltas == original.deltas
+            return torch.where(kept, original.finetuned, add_delta(self.base, self._deltas))
         return torch.stack(
             [self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models]
         )
@@ -73,11 +75,6 @@ class TensorView:
     def original(self) -> TensorView:
         """The piece as the models have it, before any transform."""
         return self if self._original is None else self._original
-
-    @property
-    def untransformed(self) -> bool:
-        """Whether the deltas are still those of the models."""
-        return self._deltas is None
 
     def with_deltas(self, deltas: Tensor) -> TensorView:
         """Return the same piece with other task vectors ``(T, n)``."""
@@ -140,7 +137,7 @@ class TaskVector:
     def cosine(self, other: TaskVector) -> float:
         """Return the cosine between two task vectors; 0 where one of them is 0."""
         scale = self.norm() * other.norm()
-        return self.dot(other) / scale if scale else 0.0
+        return max(-1.0, min(1.0, self.dot(other) / scale)) if scale else 0.0
 
     def project_out(self, other: TaskVector) -> TaskVector:
         """Return what is left of τ, tensor by tensor, without its component along ``other`` (arXiv 2302.12480).
@@ -155,16 +152,21 @@ class TaskVector:
         return TaskVector(self.space, lambda name, *at: self.read(name, *at) - shares[name] * other.read(name, *at))
 
     def apply(self, scale: float = 1.0) -> dict[str, Tensor]:
-        """Return the state dict θ₀ + scale · τ, in the base's dtypes; tied tensors stay one tensor."""
+        """Return the state dict θ₀ + scale · τ, in the base's dtypes; tied tensors stay one tensor.
+
+        Averaged buffers (BatchNorm statistics) are the model's own, or the base's where algebra made τ.
+        """
         space = self.space
         merged: dict[str, Tensor] = {}
+        averaged, merges = set(space.averaged_names), set(space.tensor_names)
         for name, info in space.template.tensors.items():
-            if name not in space.tensor_names:
-                merged[name] = space.unmerged(name)
-                continue
             at = (name, 0, info.numel)
-            whole = self.finetuned is not None and scale == 1
-            values = self.finetuned(*at) if whole and self.finetuned else space.read_base(*at) + scale * self.read(*at)
+            if self.finetuned is not None and (name in averaged or (name in merges and scale == 1)):
+                values = self.finetuned(*at)
+            elif name in merges:
+                values = add_delta(space.read_base(*at), scale * self.read(*at))
+            else:
+                values = space.template.read(name)
             merged[name] = values.to(info.dtype, copy=True).reshape(info.shape)
         return space.with_tied_names(merged)
 
@@ -206,6 +208,11 @@ class TaskVectors(Mapping[str, TaskVector]):
         ignore: Sequence[str] = (),
         batch_norm: Literal["average", "base"] = "average",
     ) -> None:
+        if isinstance(ignore, str):
+            # A string is a sequence too: of one-letter patterns, which would ignore nearly everything.
+            raise UserError(f"ignore must be a list of patterns, got '{ignore}'. Expected ['{ignore}'].")
+        if batch_norm not in ("average", "base"):
+            raise UserError(f"batch_norm must be 'average' or 'base', got '{batch_norm}'.")
         self.base, self.template = base, template
         self.ignore, self.batch_norm = tuple(ignore), batch_norm
         self.models = dict(models or {})
@@ -406,6 +413,11 @@ class TaskVectors(Mapping[str, TaskVector]):
             else:
                 merged.append(name)
         return tuple(merged), tuple(averaged), tuple(copied)
+
+
+def add_delta(base: Tensor, delta: Tensor) -> Tensor:
+    """Return θ₀ + δ, and the base's own entry where δ is 0: adding +0 would turn a −0 of the base into +0."""
+    return torch.where(delta == 0, base, base + delta)
 
 
 def block_sums(values: Tensor) -> list[float]:

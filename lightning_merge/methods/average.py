@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, per_model
+from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, ordered_sum, per_model
 from lightning_merge.task_vectors import TaskVectors, TensorView
 
 
@@ -19,11 +19,13 @@ def weighted_average(finetuned: Tensor, weights: Sequence[float]) -> Tensor:
 
     Sums in fp64, so that the average of equal models is that model and a one-hot weight takes that model's entries.
     """
-    total = torch.zeros(finetuned.shape[1:], dtype=torch.float64)
+    total: Tensor | None = None
     for row, weight in zip(finetuned, weights, strict=True):
         if weight:
-            total.add_(row, alpha=weight)
-    return total.to(finetuned.dtype)
+            term = row.double() * weight
+            # The first term starts the sum: adding it to +0 would lose the sign of a −0.
+            total = term if total is None else total.add_(term)
+    return torch.zeros_like(finetuned[0]) if total is None else total.to(finetuned.dtype)
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,9 @@ class SimpleAverage(TensorMerge):
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the mean over the models."""
-        count = len(view.models)
-        total = weighted_average(view.finetuned, [1.0] * count).double() if count == 1 else _exact_sum(view.finetuned)
-        return (total / count).to(view.finetuned.dtype)
-
-
-def _exact_sum(finetuned: Tensor) -> Tensor:
-    total = torch.zeros(finetuned.shape[1:], dtype=torch.float64)
-    for row in finetuned:
-        total += row
-    return total
+        # In fp64 a sum of equal fp32 numbers is exact, and so is their average.
+        total = ordered_sum(view.finetuned.double())
+        return (total / len(view.models)).to(view.finetuned.dtype)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,7 +45,9 @@ class GreedySoup(ModelMerge):
         """Choose the soup's ingredients; what remains is their simple average."""
 
         def score_of(names: list[str]) -> float:
-            return score(SimpleAverage()(task_vectors.subset(sorted(names)), transforms, seed))
+            value = float(score(SimpleAverage()(task_vectors.subset(sorted(names)), transforms, seed)))
+            # A model that diverged scores NaN, which compares with nothing: it comes last and never helps.
+            return -math.inf if math.isnan(value) else value
 
         alone = {name: score_of([name]) for name in task_vectors.names}
         # Equal scores are taken in order of name, so that the listing order changes nothing.

@@ -6,6 +6,7 @@ layers for each task), and the default is the simplest that matches "redundancy 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count
+from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count, ordered_sum
 from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
 from lightning_merge.task_vectors import TensorView, block_sums
 from lightning_merge.weights import TensorInfo
@@ -99,6 +100,8 @@ class LwPTV(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.protect, str):
+            raise UserError(f"LwPTV: protect must be a list of patterns, got '{self.protect}'.")
         if self.rescale == "inverse_keep" and self.eta == 1:
             raise UserError("LwPTV: rescale inverse_keep divides by 1 - eta, and eta is 1. Expected eta below 1.")
         if self.rescale == "norm" and self.saliency == "entry":
@@ -108,15 +111,15 @@ class LwPTV(Transform):
 
     @property
     def reach(self) -> Literal["tensor", "model"]:
-        """Layers are ranked over the model."""
-        return "model"
+        """Layers are ranked over the model; entries inside one tensor need no more than that tensor."""
+        return "tensor" if self.saliency == "entry" and self.granularity == "tensor" else "model"
 
     def begin(self, header: Header) -> Context:
         """Group the tensors into layers."""
         sizes: dict[str, int] = {}
         prunable: dict[str, TensorInfo] = {}
         for name in sorted(header.tensors):
-            if not self._protected(name):
+            if header.tensors[name].numel and not self._protected(name):
                 prunable[name] = header.tensors[name]
                 layer = layer_of(name, self.granularity)
                 sizes[layer] = sizes.get(layer, 0) + header.tensors[name].numel
@@ -134,9 +137,7 @@ class LwPTV(Transform):
     def measure(self, view: TensorView, context: _Layers) -> Partial:
         """Sum, block by block, what the saliency of the piece's layer needs."""
         if self._protected(view.name):
-            if self.rescale != "norm":
-                return {}
-            return {("", view.name, view.start): _blocks(view.deltas.double().square())}
+            return {}
         if context.entries is not None:
             return context.entries.measure(view)
         layer = layer_of(view.name, self.granularity)
@@ -145,7 +146,7 @@ class LwPTV(Transform):
         if self.saliency == "magnitude":
             measured[("score", layer, view.name, view.start)] = _blocks(deltas.abs())
         elif self.saliency == "distance":
-            mean = deltas.sum(0) / len(deltas)
+            mean = ordered_sum(deltas) / len(deltas)
             measured[("score", layer, view.name, view.start)] = _blocks((deltas - mean).abs())
         else:
             measured[("base", layer, view.name, view.start)] = _blocks(view.base.double().square()[None])
@@ -168,18 +169,17 @@ class LwPTV(Transform):
         tasks = len(saliency)
         total = len(layers) * (tasks if self.ranking == "global" else 1)
         keep = layer_mask(saliency, kept_count(self.eta, total), self.ranking)
-        protected = _totals(partial, "", [""])[0] if self.rescale == "norm" else None
-        factors = torch.zeros(len(layers), tasks)
+        factors = torch.zeros(len(layers), tasks, dtype=torch.float64)
         for task in range(tasks):
             factor = 1.0
             if self.rescale == "inverse_keep":
                 factor = 1.0 / (1.0 - self.eta)
             elif self.rescale == "norm":
-                fixed = protected[task] if protected else 0.0
                 before = math.fsum(row[task] for row in square)
                 kept = math.fsum(row[task] for row, m in zip(square, keep[task], strict=True) if m)
-                factor = math.sqrt((before + fixed) / (kept + fixed)) if kept + fixed else 1.0
-            factors[:, task] = torch.tensor([factor if m else 0.0 for m in keep[task]])
+                # What is protected keeps its own share of the norm.
+                factor = math.sqrt(before / kept) if kept else 1.0
+            factors[:, task] = torch.tensor([factor if m else 0.0 for m in keep[task]], dtype=torch.float64)
         return _Layers(factors=dict(zip(layers, factors, strict=True)), sizes=context.sizes)
 
     def apply(self, view: TensorView, context: _Layers) -> Tensor:
@@ -190,7 +190,8 @@ class LwPTV(Transform):
             kept = context.entries.mask(view, magnitude_bits(view.deltas))
             factor = 1.0 / (1.0 - self.eta) if self.rescale == "inverse_keep" else 1.0
             return torch.where(kept, view.deltas, 0.0) * factor
-        return view.deltas * context.factors[layer_of(view.name, self.granularity)][:, None]
+        factors = context.factors[layer_of(view.name, self.granularity)].to(view.deltas.dtype)
+        return view.deltas * factors[:, None]
 
     def _protected(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.protect)
@@ -203,18 +204,20 @@ def _drift(square: float, base_square: float) -> float:
     return math.inf if square else 0.0
 
 
-def _blocks(values: Tensor) -> Tensor:
-    """Return the sums ``(T, blocks)`` of fp64 values ``(T, n)`` over grid blocks."""
-    return torch.tensor([block_sums(row) for row in values], dtype=torch.float64)
+def _blocks(values: Tensor) -> list[list[float]]:
+    """Return, for each of T rows of fp64 values ``(T, n)``, the sums over grid blocks."""
+    return [block_sums(row) for row in values]
 
 
 def _totals(partial: Partial, kind: str, layers: Sequence[str]) -> list[list[float]]:
     """Add block sums exactly, layer by layer: one row of T totals for each layer."""
-    rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    rows: dict[str, list[list[list[float]]]] = {layer: [] for layer in layers}
     for key, value in partial.items():
         if isinstance(key, tuple) and key[0] == kind:
             rows[key[1] if kind else ""].append(value)
     return [
-        [math.fsum(task) for task in torch.cat(pieces, dim=1).tolist()] if pieces else []
-        for pieces in (rows[layer] for layer in layers)
+        [math.fsum(itertools.chain.from_iterable(piece[task] for piece in pieces)) for task in range(len(pieces[0]))]
+        if pieces
+        else []
+        for pieces in rows.values()
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +28,7 @@ class Chain:
     Steps that reach over one tensor measure that tensor just before it is used, so that nothing is kept.
 
     Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
-    a few pieces of 2¹⁷ entries of T models for each thread.
+    a few pieces of 2¹⁸ entries of T models for each thread.
     """
 
     def __init__(
@@ -57,36 +59,38 @@ class Chain:
             measuring = context
             total: Partial = {}
 
-            def measure(view: TensorView, _: dict[int, Context], context: Context = measuring) -> Partial:
-                return step.measure(view, context)
+            # Each thread adds up what it measures: sums over keys do not depend on which thread took which piece.
+            threads = threading.local()
+            subtotals: list[Partial] = []
 
-            for partial in self._over_pieces(index, measure):
-                add_partial(total, partial)
+            def measure(view: TensorView, _: dict[int, Context], context: Context = measuring) -> None:
+                if not hasattr(threads, "subtotal"):  # noqa: B023 - used within this pass only
+                    threads.subtotal = {}  # noqa: B023
+                    subtotals.append(threads.subtotal)  # noqa: B023
+                add_partial(threads.subtotal, step.measure(view, context))  # noqa: B023
+
+            for _ in self._over_pieces(index, measure):
+                pass
+            for subtotal in subtotals:
+                add_partial(total, subtotal)
             context = step.conclude(total, context)
         self._model_contexts[index] = context
 
     def _over_pieces(self, index: int, work: Callable[[TensorView, dict[int, Context]], Result]) -> Iterator[Result]:
         """Do ``work`` on every piece as step ``index`` sees it."""
         names = sorted(self.task_vectors.tensor_names)
-        if any(self._measures_tensors(position) for position in range(index + 1)):
 
-            def whole_tensor(name: str) -> list[Result]:
-                contexts = self._tensor_contexts(name, index)
-                return [
-                    work(self._seen_by(name, at, index, contexts), contexts) for at in self.task_vectors.chunks(name)
-                ]
+        def measured(name: str) -> tuple[str, dict[int, Context]]:
+            return name, self._tensor_contexts(name, index)
 
-            for results in in_order(whole_tensor, names, self.workers):
-                yield from results
-            return
+        def piece(at: tuple[str, tuple[int, int], dict[int, Context]]) -> Result:
+            name, where, contexts = at
+            return work(self._seen_by(name, where, index, contexts), contexts)
 
-        contexts_of = {name: self._tensor_contexts(name, index) for name in names}
-
-        def piece(at: tuple[str, tuple[int, int]]) -> Result:
-            name, where = at
-            return work(self._seen_by(name, where, index, contexts_of[name]), contexts_of[name])
-
-        pieces = ((name, where) for name in names for where in self.task_vectors.chunks(name))
+        # Tensors are measured a few ahead of the pieces that need them; results are held piece by piece.
+        measuring = any(self._measures_tensors(position) for position in range(index + 1))
+        ready = in_order(measured, names, self.workers if measuring else 1)
+        pieces = ((name, at, contexts) for name, contexts in ready for at in self.task_vectors.chunks(name))
         yield from in_order(piece, pieces, self.workers)
 
     def _measures_tensors(self, position: int) -> bool:
@@ -115,14 +119,19 @@ class Chain:
     def _seen_by(self, name: str, at: tuple[int, int], index: int, contexts: dict[int, Context]) -> TensorView:
         view = self.task_vectors.view(name, *at)
         for position in range(index):
-            view = view.with_deltas(self.steps[position].apply(view, contexts[position]))
+            deltas = self.steps[position].apply(view, contexts[position])
+            # A transform that changed nothing leaves the models' own entries, which θ₀ + τ would round.
+            view = view if deltas is view.deltas else view.with_deltas(deltas)
         return view
 
 
 def add_partial(total: Partial, partial: Partial) -> None:
-    """Add a partial to ``total`` in place, key by key."""
+    """Add a partial to ``total`` in place, key by key; the partial's tensors then belong to ``total``."""
     for key, value in partial.items():
-        total[key] = total[key] + value if key in total else value
+        if key in total:
+            total[key] += value
+        else:
+            total[key] = value
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -131,20 +140,33 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         yield from map(work, items)
         return
     threads = torch.get_num_threads()
-    # Pieces are small and already run side by side: threads inside an operation would only wait for each other.
-    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = _pool(workers)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            torch.set_num_threads(threads)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        # What the new threads set for themselves must not become the default of later ones.
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that live as long as the process: new ones for every pass would each keep freed memory of their own.
+
+    Pieces are small and already run side by side: threads inside an operation would only wait for each other.
+    """
+    return ThreadPoolExecutor(workers, "lightning_merge", initializer=lambda: torch.set_num_threads(1))
+
+
+# A forked process has the pool's memory but none of its threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def resolve(
@@ -193,9 +215,10 @@ def merge_in_memory(
     """Merge into a state dict; see :meth:`MergeMethod.__call__`."""
     steps, chosen = resolve(method, task_vectors, transforms, seed, score)
     merged: dict[str, Tensor] = {}
+    merges = set(chosen.tensor_names)
     for name, info in chosen.template.tensors.items():
         floating = dtype is not None and info.dtype.is_floating_point
-        if name in chosen.tensor_names:
+        if name in merges:
             merged[name] = torch.empty(info.numel, dtype=dtype if floating else info.dtype)
         else:
             values = chosen.unmerged(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, per_model, take_selected
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.task_vectors import TensorView, add_delta
 
 
 def combine(deltas: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -43,5 +43,7 @@ class TaskArithmetic(TensorMerge):
         """Return θ₀ + Σ λ_t τ_t."""
         coefficients = per_model("TaskArithmetic: scale", self.scale, view.models)
         merged = combine(view.deltas, coefficients)
-        one_model = sorted(coefficients) == [0.0] * (len(coefficients) - 1) + [1.0]
-        return take_selected(merged, view) if one_model else view.base + merged
+        used = [position for position, coefficient in enumerate(coefficients) if coefficient]
+        if len(used) == 1 and coefficients[used[0]] == 1:
+            return take_selected(merged, view, used)
+        return add_delta(view.base, merged)

@@ -22,7 +22,7 @@ from lightning_merge.methods.base import (
     take_selected,
 )
 from lightning_merge.methods.top_k import LargestEntries
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.task_vectors import TensorView, add_delta
 
 
 def elect_sign(deltas: Tensor, majority: float = 0.0) -> Tensor:
@@ -68,7 +68,7 @@ class Ties(TensorMerge):
         scope: Trim over the whole ``model`` (paper) or over each ``tensor`` (mergekit, peft).
 
     Cost: two counting passes for the trim (a third where ties are broken), one for the signs, one to merge; no
-        sorting, extra memory of some pieces of 2¹⁷ entries of T models, for any size of model.
+        sorting, extra memory of some pieces of 2¹⁸ entries of T models, for any size of model.
     Reference: Yadav et al., 2023, TIES-Merging, arXiv 2306.01708, algorithm 1. (The released code keeps one entry
         more and fails at density 1.)
     """
@@ -109,7 +109,7 @@ class Ties(TensorMerge):
         """Return θ₀ + λ · the disjoint merge."""
         trimmed = self._trimmed(view, context)
         merged = disjoint_merge(trimmed, elect_sign(trimmed, context.majority), self.operation)
-        return take_selected(merged, view) if self.scale == 1 else view.base + self.scale * merged
+        return take_selected(merged, view) if self.scale == 1 else add_delta(view.base, self.scale * merged)
 
     def _trimmed(self, view: TensorView, context: _Election) -> Tensor:
         if context.largest is None:

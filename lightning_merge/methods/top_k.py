@@ -20,6 +20,8 @@ from lightning_merge.weights import TensorInfo
 _LOW_BITS = 15
 _LOW_SIZE = 1 << _LOW_BITS
 _HIGH_SIZE = 1 << 16
+# One above the pattern of infinity: no number reaches it.
+_ABOVE_INFINITY = 0x7F800001
 
 
 @dataclass
@@ -32,7 +34,7 @@ class _Threshold:
     bits: Tensor | None = None  # (T, R) the threshold's whole pattern; -1 keeps everything
     equal_kept: Tensor | None = None  # (T, R) how many entries equal to the threshold stay
     tied: bool = False  # whether some entries equal to the threshold must go
-    equal_before: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # per grid block, (T, R)
+    equal_before: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)  # per grid block, (T, R)
 
 
 @dataclass
@@ -80,7 +82,7 @@ class LargestEntries(Context):
         blocks: Partial = {}
         for start in range(0, patterns.shape[1], GRID):
             equal = patterns[:, start : start + GRID, None] == threshold.bits[:, None, :]
-            blocks[(view.name, view.start + start)] = equal.sum(1)
+            blocks[(view.name, view.start + start)] = equal.sum(1).tolist()
         return blocks
 
     def conclude(self, partial: Partial) -> LargestEntries:
@@ -100,8 +102,8 @@ class LargestEntries(Context):
                 before = torch.zeros_like(threshold.equal_kept)
                 at = [where for where in partial if self.group(where[0]) == key]  # type: ignore[index]
                 for where in sorted(at):  # type: ignore[type-var]
-                    threshold.equal_before[where] = before  # type: ignore[index]
-                    before = before + partial[where]
+                    threshold.equal_before[where] = before.tolist()  # type: ignore[index]
+                    before = before + torch.tensor(partial[where])
             self.complete = True
         self.stage += 1
         return self
@@ -129,7 +131,8 @@ class LargestEntries(Context):
         larger, equal = patterns > bits, patterns == bits
         for start in range(0, patterns.shape[1], GRID):
             block = equal[:, start : start + GRID]
-            left = threshold.equal_kept[:, rank] - threshold.equal_before[(view.name, view.start + start)][:, rank]
+            before = torch.tensor([counts[rank] for counts in threshold.equal_before[(view.name, view.start + start)]])
+            left = threshold.equal_kept[:, rank] - before
             block &= block.cumsum(1) <= left[:, None]
         return larger | equal
 
@@ -174,7 +177,7 @@ def _find_bits(threshold: _Threshold, counts: Tensor) -> None:
     # Zeros are all alike: whether one of them is kept changes nothing.
     zero = bits == 0
     nothing = (threshold.ranks == 0)[None, :].expand_as(bits)
-    threshold.bits = torch.where(nothing, torch.iinfo(torch.int32).max, bits).to(torch.int32)
+    threshold.bits = torch.where(nothing, _ABOVE_INFINITY, bits).to(torch.int32)
     threshold.equal_kept = kept
     threshold.tied = bool(((equal > kept) & ~zero & ~nothing).any())
     threshold.equal_kept = torch.where(zero, torch.iinfo(torch.int64).max // 2, kept)

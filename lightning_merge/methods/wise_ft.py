@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from lightning_merge.methods.average import weighted_average
 from lightning_merge.methods.base import TensorMerge, hyperparameter, ordered_sum
 from lightning_merge.task_vectors import TensorView
 
@@ -32,8 +34,6 @@ class WiseFT(TensorMerge):
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return (1 − α) θ₀ + α · mean of θ_t."""
         base = view.base.double()
-        if view.untransformed:
-            end = ordered_sum(view.finetuned.double()) / len(view.models)
-            return ((1 - self.alpha) * base + self.alpha * end).to(view.base.dtype)
-        step = ordered_sum(view.deltas.double()) / len(view.models)
-        return (base + self.alpha * step).to(view.base.dtype)
+        end = ordered_sum(view.finetuned.double()) / len(view.models)
+        line = weighted_average(torch.stack([base, end]), [1 - self.alpha, self.alpha])
+        return torch.where(end == base, base, line).to(view.base.dtype)

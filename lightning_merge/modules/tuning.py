@@ -19,13 +19,16 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_merge.errors import UserError, nearest
+from lightning_merge.errors import UserError, nearest, unknown
 from lightning_merge.modules.encoder import build_vit
 from lightning_merge.modules.finetune import FineTune
 from lightning_merge.weights import open_weights, peak_memory_bytes, sha256_of_source
 
 if TYPE_CHECKING:
     from lightning_merge.data import TaskData
+
+# Each process holds the whole model; others would have to gather it before it can be written.
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 @dataclass
@@ -38,7 +41,8 @@ class FineTuneSettings:
         precision: Of Lightning's Trainer: ``32-true``, ``bf16-mixed``, ...
         patience: Stop after so many epochs without a better validation accuracy and keep the best; ``null`` keeps the
             last and never looks at validation rows.
-        trainer: Further arguments of Lightning's Trainer, such as ``accelerator``, ``devices``, ``strategy``.
+        trainer: Further arguments of Lightning's Trainer, such as ``accelerator``, ``devices`` (by default one) and
+            ``strategy`` (one of ``auto``, ``ddp``, ``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
     """
 
     module: dict[str, Any] = field(default_factory=dict)
@@ -47,8 +51,11 @@ class FineTuneSettings:
     patience: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Refuse settings that FineTune or the Trainer do not know.
+    def check(self, where: str = "finetune") -> None:
+        """Refuse settings that FineTune or the Trainer do not know, and strategies that scatter the weights.
+
+        Args:
+            where: Their place in the YAML, for the message.
 
         Raises:
             UserError: An unknown name, with the nearest spelling, or a number out of range.
@@ -58,13 +65,21 @@ class FineTuneSettings:
             for name in given:
                 if name not in known:
                     raise UserError(
-                        f"finetune.{what}: {kind.__name__} has no setting '{name}'. "
+                        f"{where}.{what}: {kind.__name__} has no setting '{name}'. "
                         f"Known: {', '.join(known)}.{nearest(name, known)}"
                     )
         if self.max_epochs < 1:
-            raise UserError(f"finetune.max_epochs must be at least 1, got {self.max_epochs}.")
+            raise UserError(f"{where}.max_epochs must be at least 1, got {self.max_epochs}.")
         if self.patience is not None and self.patience < 1:
-            raise UserError(f"finetune.patience must be at least 1 or null, got {self.patience}.")
+            raise UserError(f"{where}.patience must be at least 1 or null, got {self.patience}.")
+        strategy = self.trainer.get("strategy", "auto")
+        if strategy not in STRATEGIES:
+            raise UserError(
+                f"{where}.trainer.strategy '{strategy}' is not for run, which writes whole weights on one machine. "
+                f"Accepted: {', '.join(STRATEGIES)}. What shards a model goes through lightning-merge fit."
+            )
+        if self.trainer.get("num_nodes", 1) != 1:
+            raise UserError(f"{where}.trainer.num_nodes must be 1 in run, got {self.trainer['num_nodes']}.")
 
 
 @dataclass
@@ -82,6 +97,14 @@ class PretrainSettings(FineTuneSettings):
 
     vit: dict[str, int] = field(default_factory=dict)
 
+    def check(self, where: str = "pretrain") -> None:
+        """Refuse what FineTune, the Trainer or the vision transformer do not know; see FineTuneSettings."""
+        super().check(where)
+        known = list(inspect.signature(build_vit).parameters)
+        for name in self.vit:
+            if name not in known:
+                raise unknown(f"setting of {where}.vit", name, known)
+
 
 @dataclass
 class Tuned:
@@ -96,7 +119,14 @@ class Tuned:
 
 
 def fine_tune(
-    settings: FineTuneSettings, data: TaskData, task: str, base: Path, folder: Path, head_path: Path, seed: int
+    settings: FineTuneSettings,
+    data: TaskData,
+    task: str,
+    base: Path,
+    folder: Path,
+    head_path: Path,
+    seed: int,
+    writes: bool = True,
 ) -> Tuned:
     """Fine-tune the base on one task and write weights and head.
 
@@ -108,25 +138,33 @@ def fine_tune(
         folder: Where the fine-tuned model goes, as a Hugging Face folder.
         head_path: Where the head goes.
         seed: Of the order of rows, dropout, and a trained head's first weights.
+        writes: Whether this process writes; not so in those that only train along.
 
     The caller's random state is neither read nor moved.
     """
     started = time.monotonic()
     checkpoints = folder.with_name(folder.name + ".checkpoints")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if writes:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     callbacks: list[L.Callback] = []
+    best = ModelCheckpoint(
+        checkpoints,
+        filename="{val_accuracy:.6f}",
+        auto_insert_metric_name=False,
+        monitor="val_accuracy",
+        mode="max",
+        save_weights_only=True,
+    )
     if settings.patience is not None:
-        callbacks = [
-            EarlyStopping("val_accuracy", mode="max", patience=settings.patience),
-            ModelCheckpoint(checkpoints, monitor="val_accuracy", mode="max", save_weights_only=True),
-        ]
-    with isolate_rng(), quiet_lightning(), _single_task(data, task):
+        callbacks = [EarlyStopping("val_accuracy", mode="max", patience=settings.patience), best]
+    with isolate_rng(), quiet_lightning(), _single_task(data, task, seed):
         torch.manual_seed(seed)
         module = FineTune(str(base), **{"seed": seed, **settings.module})
         trainer = L.Trainer(
             max_epochs=settings.max_epochs,
             callbacks=callbacks,
             **{
+                "devices": 1,
                 "precision": settings.precision,
                 "logger": False,
                 "enable_checkpointing": settings.patience is not None,
@@ -139,13 +177,16 @@ def fine_tune(
         )
         trainer.fit(module, datamodule=data)
         accuracy = None
-        if settings.patience is not None:
-            best = callbacks[1]
-            assert isinstance(best, ModelCheckpoint)
-            accuracy = float(best.best_model_score) if best.best_model_score is not None else None
+        if settings.patience is not None and writes:
+            # Of the checkpoint's attributes only its path comes back from spawned processes.
+            accuracy = float(Path(best.best_model_path).stem.split("-")[0])
             saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
             module.load_state_dict(saved["state_dict"])
-        module.export(folder, task=task, head_path=head_path)
+        if writes:
+            module.export(folder, task=task, head_path=head_path)
+        trainer.strategy.barrier()
+    if not writes:
+        return Tuned(task, "", 0, 0.0, 0)
     shutil.rmtree(checkpoints, ignore_errors=True)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return Tuned(
@@ -153,24 +194,30 @@ def fine_tune(
     )
 
 
-def pretrain(settings: PretrainSettings, data: TaskData, folder: Path, seed: int) -> dict[str, Any]:
+def pretrain(
+    settings: PretrainSettings, data: TaskData, folder: Path, seed: int, writes: bool = True
+) -> dict[str, Any]:
     """Make a base: a small vision transformer with seeded weights, trained on the data's ``pretrain`` task."""
     start = folder.with_name(folder.name + ".untrained")
-    shutil.rmtree(start, ignore_errors=True)
-    build_vit(**{"seed": seed, **settings.vit}).save_pretrained(start)
-    tuned = fine_tune(settings, data, "pretrain", start, folder, start / "head.safetensors", seed)
-    shutil.rmtree(start)
+    if writes:
+        shutil.rmtree(start, ignore_errors=True)
+        build_vit(**{"seed": seed, **settings.vit}).save_pretrained(start)
+    tuned = fine_tune(settings, data, "pretrain", start, folder, start / "head.safetensors", seed, writes)
+    if writes:
+        shutil.rmtree(start)
     return {"seconds": tuned.seconds, "validation_accuracy": tuned.validation_accuracy}
 
 
 @contextmanager
-def _single_task(data: TaskData, task: str) -> Iterator[None]:
-    """Single out one task of the datamodule for a while."""
-    before, data.task = data.task, task
+def _single_task(data: TaskData, task: str, seed: int) -> Iterator[None]:
+    """Single out one task of the datamodule for a while, its training rows in the order of a seed."""
+    data.get(task)  # read before the seed changes, for that also says which rows are kept
+    before = data.task, data.seed
+    data.task, data.seed = task, seed
     try:
         yield
     finally:
-        data.task = before
+        data.task, data.seed = before
 
 
 @contextmanager

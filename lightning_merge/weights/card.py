@@ -84,7 +84,8 @@ def model_card(
         f"The most restrictive licence stated is {binding}."
         if binding
         else (
-            "At least one source states no licence, or one that a person must judge: read them before sharing this model."
+            "At least one source states no licence, or one that a person must judge: "
+            "read them before sharing this model."
         )
     )
     lines = [

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from lightning_merge.errors import nearest
+from lightning_merge.errors import UserError, nearest
 from lightning_merge.weights.source import WeightSource
 
 # Independently initialised weights lie at a relative distance of about sqrt(2); fine-tuning stays far below 1.
@@ -41,8 +41,21 @@ class Finding:
 
 
 def ignored(name: str, ignore: Sequence[str]) -> bool:
-    """Tell whether one of the patterns is found in ``name``."""
-    return any(re.search(pattern, name) for pattern in ignore)
+    """Tell whether one of the patterns is found in ``name``.
+
+    Raises:
+        UserError: A pattern is no regular expression.
+    """
+    for pattern in ignore:
+        try:
+            if re.search(pattern, name):
+                return True
+        except re.error as error:
+            raise UserError(
+                f"The pattern '{pattern}' to ignore is no regular expression ({error}). "
+                "Expected one such as 'classifier' or 'head[.]weight'."
+            ) from error
+    return False
 
 
 def find_incompatibilities(
@@ -78,10 +91,20 @@ def _compare_headers(
 ) -> list[Finding]:
     """Compare names, shapes, dtypes and tied weights of one model with the reference."""
     findings = []
-    remedy = "Leave tensors out of the merge with --ignore REGEX."
+    remedy, prefixed = "Leave tensors out of the merge with --ignore REGEX.", ""
+    kinds = [(source.config or {}).get("model_type") for source in (reference, model)]
+    if None not in kinds and kinds[0] != kinds[1] and set(reference.tensors) != set(model.tensors):
+        return [
+            Finding(
+                "ERROR",
+                f"Model '{name}' ({model.label}) has the architecture '{kinds[1]}' and {called} '{kinds[0]}'. "
+                "Expected fine-tunings of one pretrained model.",
+            )
+        ]
     missing = [key for key in reference.tensors if not ignored(key, ignore) and model.stored_name(key) is None]
     if missing:
-        hint = _prefix_hint(missing[0], model) or nearest(missing[0], model.tensors)
+        prefixed = _prefix_hint(missing[0], model)
+        hint = prefixed or nearest(missing[0], model.tensors)
         findings.append(
             Finding(
                 "ERROR",
@@ -96,7 +119,7 @@ def _compare_headers(
         for key in model.tensors
         if key not in known and key not in reference.aliases and key not in tied and not ignored(key, ignore)
     ]
-    if extra:
+    if extra and not prefixed:  # another prefix has been said already
         findings.append(
             Finding(
                 "ERROR",
@@ -104,30 +127,35 @@ def _compare_headers(
                 f"({len(extra)} extra).{nearest(extra[0], reference.tensors)} {remedy}",
             )
         )
-    for key, info in reference.tensors.items():
-        stored = model.stored_name(key)
-        if stored is None or ignored(key, ignore):
-            continue
-        other = model.tensors[stored]
-        if other.shape != info.shape:
-            advice = ""
-            if len(info.shape) == len(other.shape) and info.shape[1:] == other.shape[1:]:
-                advice = " The first axis differs: another vocabulary or number of classes?"
+    common = {
+        key: (info, model.tensors[stored])
+        for key, info in reference.tensors.items()
+        if (stored := model.stored_name(key)) is not None and not ignored(key, ignore)
+    }
+    reshaped = [key for key, (info, other) in common.items() if other.shape != info.shape]
+    if reshaped:
+        info, other = common[reshaped[0]]
+        advice = ""
+        if info.shape and other.shape and info.shape[1:] == other.shape[1:]:
+            advice = " The first axis differs: another vocabulary or number of classes?"
+        findings.append(
+            Finding(
+                "ERROR",
+                f"Tensor '{reshaped[0]}' has shape {list(other.shape)} in model '{name}' ({model.label}) and "
+                f"{list(info.shape)} in {called} ({len(reshaped)} differ in shape). "
+                f"Expected equal shapes.{advice} {remedy}",
+            )
+        )
+    for key, (info, other) in common.items():
+        if other.dtype.is_floating_point != info.dtype.is_floating_point:
             findings.append(
                 Finding(
                     "ERROR",
-                    f"Tensor '{key}' has shape {list(other.shape)} in model '{name}' and "
-                    f"{list(info.shape)} in {called}. Expected equal shapes.{advice} {remedy}",
+                    f"Tensor '{key}' is {_listed({other.dtype})} in model '{name}' and {_listed({info.dtype})} in "
+                    f"{called}. Expected both floating point or both integer.",
                 )
             )
-        elif other.dtype.is_floating_point != info.dtype.is_floating_point:
-            findings.append(
-                Finding(
-                    "ERROR",
-                    f"Tensor '{key}' is {other.dtype} in model '{name}' and {info.dtype} in {called}. "
-                    "Expected both floating point or both integer.",
-                )
-            )
+            break
     dtypes = {info.dtype for info in model.tensors.values() if info.dtype.is_floating_point}
     reference_dtypes = {info.dtype for info in reference.tensors.values() if info.dtype.is_floating_point}
     if dtypes != reference_dtypes and not findings:
@@ -153,10 +181,12 @@ def _compare_headers(
 
 
 def _prefix_hint(missing: str, model: WeightSource) -> str:
-    """Recognise a checkpoint whose names carry one more prefix."""
+    """Recognise a model whose names carry one more prefix; only those of checkpoints can be dropped while reading."""
     for key in model.tensors:
         if key.endswith("." + missing):
-            return f" Its names begin with '{key.removesuffix(missing)}': try --prefix {key.removesuffix(missing)}"
+            prefix = model.prefix + key.removesuffix(missing)
+            checkpoint = any(file.suffix != ".safetensors" for file in model.files)
+            return f" Its names begin with '{prefix}'" + (f": try --prefix '{prefix}'." if checkpoint else ".")
     return ""
 
 

@@ -32,6 +32,7 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     # Sentence encoders keep their pooling in a folder of its own.
     for path in sorted([*source.glob("*"), *source.glob("*_Pooling/config.json")]):
         wanted = path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS
+        wanted = wanted and not path.name.endswith(".index.json")  # shards of weights that do not come along
         if wanted and path.stat().st_size <= LARGEST_COMPANION:
             place = target / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
@@ -72,7 +73,12 @@ def replace_folder(finished: Path, target: Path) -> None:
         shutil.rmtree(old)
     if target.exists():
         os.replace(target, old)
-    os.replace(finished, target)
+    try:
+        os.replace(finished, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

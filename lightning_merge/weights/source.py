@@ -70,7 +70,13 @@ class WeightSource(ABC):
     def config(self) -> dict[str, Any] | None:
         """The ``config.json`` of the folder, where there is one."""
         path = self.folder / "config.json" if self.folder else None
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"'{path}' is no JSON ({error}). Expected the config of a Hugging Face model.") from error
+        return content if isinstance(content, dict) else None
 
     @property
     def numel(self) -> int:
@@ -112,12 +118,17 @@ class SafetensorsSource(WeightSource):
 
     def read(self, name: str) -> Tensor:
         """Return the tensor called ``name``, memory-mapped."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self._file_of[name]
-        if file not in self._handles:
-            self._handles[file] = safe_open(str(file), framework="pt").__enter__()
-        return self._handles[file].get_tensor(name)
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(str(file), framework="pt").__enter__()
+            return self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"Tensor '{name}' cannot be read from '{file}' ({error}). Expected an undamaged safetensors file."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A file handle does not travel to another process; it is opened again on first use.
@@ -186,7 +197,7 @@ def open_weights(ref: Any, prefix: str = "") -> WeightSource:
     if isinstance(ref, Mapping):
         return MemorySource("state dict", ref)
     if not isinstance(ref, (str, Path)):
-        raise UserError(f"A {type(ref).__name__} holds no weights that can be opened. {ACCEPTED}")
+        raise UserError(f"An object of type {type(ref).__name__} holds no weights that can be opened. {ACCEPTED}")
     path = resolve_path(ref)
     if path.is_dir():
         return _open_folder(path, str(ref))
@@ -206,10 +217,14 @@ def resolve_path(ref: str | Path) -> Path:
         UserError: Nothing is there.
     """
     text = str(ref)
+    if not text.strip():
+        raise UserError(f"'{text}' names no model. {ACCEPTED}")
     if text.startswith("package:"):
         package, _, inner = text.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None  # does not import it
         if spec is None or spec.origin is None:
+            if not package.isidentifier():
+                raise UserError(f"'{text}' names no top-level package. Expected package:NAME/FOLDER.")
             hint = f"pip install {package.replace('_', '-')}"
             raise UserError(f"'{text}' names the package '{package}', which is not installed. Try: {hint}")
         path = Path(spec.origin).parent / inner
@@ -242,11 +257,12 @@ def _open_folder(path: Path, label: str) -> WeightSource:
     if (path / INDEX_FILE).is_file():
         try:
             weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"'{path / INDEX_FILE}' is no index of shards ({error}). Expected a 'weight_map'."
             ) from error
-        source = SafetensorsSource(label, [path / name for name in sorted(set(weight_map.values()))], folder=path)
+        source = SafetensorsSource(label, [path / name for name in shards], folder=path)
         missing = sorted(set(weight_map) - set(source.tensors))
         if missing:
             raise UserError(
@@ -274,20 +290,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is damaged, or it holds objects that only running code could rebuild.
     """
-    import pickle
+    import warnings
+    import zipfile
 
+    if not path.stat().st_size:
+        raise UserError(f"'{path}' is empty. Expected a checkpoint with a state_dict.")
+    zipped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error)
-        if "weights_only" in reason or "Unsupported" in reason or "GLOBAL" in reason:
-            named = re.search(r"GLOBAL\s+(\S+)", reason)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what a damaged file seems to be
+            # Checkpoints of old versions of PyTorch are no zip archives and cannot be memory-mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # of any kind: the bytes may say anything
+        with path.open("rb") as stream:
+            begin = stream.read(1)
+        named = re.search(r"GLOBAL\s+(\S+)", str(error))
+        if named or ("nsupported" in str(error) and (zipped or begin == b"\x80")):
             what = f"an object of {named.group(1).rstrip('.,')}" if named else "an object"
             raise UserError(
                 f"'{path}' holds {what}, and rebuilding it could run code, so it is not loaded. "
                 "Expected plain tensors: save with save_weights_only=True, or as safetensors."
             ) from error
-        raise UserError(f"'{path}' cannot be read as a checkpoint ({reason.splitlines()[0]}). {ACCEPTED}") from error
+        known = zipped or begin in {b"\x80", b"P"}
+        reason = re.split(r"\.\s|\n", str(error))[0] if known else "it was not written by torch.save"
+        raise UserError(f"'{path}' cannot be read as a checkpoint ({reason}). {ACCEPTED}") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}. Expected a checkpoint or a state dict.")
     return content

@@ -1,0 +1,121 @@
+"""The verbs ``fit``, ``validate``, ``test`` and ``predict``: Lightning's own command line with this package's classes.
+
+``FineTune``, ``ExportFineTuned`` and the datamodules of ``lightning_merge.data`` go by their short names, classes of
+the user by their import paths (``--model my_package.MyModule``).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# For their names: jsonargparse finds a class by its short name once it is imported.
+import lightning_merge.data
+import lightning_merge.modules  # noqa: F401
+from lightning_merge.errors import UserError
+from lightning_merge.parsing import keep_yaml_keys_as_text, refusal
+
+VERBS = {
+    "fit": "Fine-tune one model on one task.",
+    "validate": "Score a model on validation rows.",
+    "test": "Score a model on test rows.",
+    "predict": "Give class probabilities for the rows of the test set.",
+}
+SEED = 0
+
+
+class MergeCLI(LightningCLI):
+    """LightningCLI with ``FineTune`` as the model where none is named, and errors that are raised, not printed."""
+
+    def __init__(self) -> None:
+        options = {"exit_on_error": False}
+        verbs = {
+            verb: {**options, "prog": f"lightning-merge {verb}", "description": text} for verb, text in VERBS.items()
+        }
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=SEED,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={**options, "prog": "lightning-merge", **verbs},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take ``FineTune`` where no model class is named, so that ``--model.base`` is enough."""
+        parser.set_defaults({"model": {"class_path": "lightning_merge.modules.FineTune"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; what is refused is told in one sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, ValueError, TypeError) as error:
+            verb = self._subcommand_parsers.get(sys.argv[1], parser)
+            options = [text for action in verb._actions for text in action.option_strings]
+            raise refusal(error, options) from error
+
+    def instantiate_classes(self) -> None:
+        """Build the objects; the parser hides in its own errors what a class has to say of its settings."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the Trainer; what it refuses is a setting of the user's."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Trainer: {error}") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one verb of Lightning's Trainer.
+
+    Args:
+        arguments: The verb and its options, such as ``["fit", "--config", "configs/finetune/digits.yaml"]``.
+
+    Returns:
+        0; what goes wrong is raised.
+
+    Raises:
+        UserError: An option, class or task that is not known, or data that cannot be used.
+    """
+    keep_yaml_keys_as_text()
+    try:
+        with _command_line(arguments), warnings.catch_warnings():
+            # FineTune tokenizes itself on purpose, and small loaders need no workers.
+            warnings.filterwarnings("ignore", ".*on_before_batch_transfer.*")
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+            MergeCLI()
+    except ArgumentError as error:
+        raise refusal(error) from error
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+@contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Let ``sys.argv`` be the arguments: from there LightningCLI reads them and ``ddp`` starts its processes."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

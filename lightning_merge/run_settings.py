@@ -1,0 +1,184 @@
+"""The settings of ``run``: what one YAML may say, and what is refused before anything is done."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from lightning_merge.data import Corruption, TaskData
+from lightning_merge.errors import UserError, nearest, unknown
+from lightning_merge.methods import MergeMethod
+from lightning_merge.modules.tuning import FineTuneSettings, PretrainSettings
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+@dataclass
+class VariantSettings:
+    """One more fine-tuning of a task, as an ingredient of soups.
+
+    Args:
+        task: The task it learns.
+        seed: Of its order of rows.
+        module: Settings of ``FineTune`` in which it differs.
+        max_epochs: Where it differs.
+    """
+
+    task: str
+    seed: int = 1
+    module: dict[str, Any] = field(default_factory=dict)
+    max_epochs: int | None = None
+
+
+@dataclass
+class MergeSettings:
+    """One merge of a run.
+
+    Args:
+        name: Its name in tables and its folder in ``merged/``.
+        method: The merge method.
+        transforms: Applied to the task vectors first, in order.
+        grid: Settings to choose on validation rows, never on test rows: ``{method.scale: [0.1, 0.3]}``, or
+            ``{transforms.0.eta: [...]}``.
+        models: The fine-tuned models that are merged; by default one for each task.
+    """
+
+    name: str
+    method: MergeMethod
+    transforms: list[MergeMethod] = field(default_factory=list)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    models: list[str] | None = None
+
+    def candidates(self) -> list[tuple[dict[str, Any], MergeMethod, list[MergeMethod]]]:
+        """Return every combination of the grid, with the method and transforms it means."""
+        found = []
+        for values in itertools.product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            method, transforms = self.method, list(self.transforms)
+            for key, value in chosen.items():
+                where, _, setting = key.rpartition(".")
+                if where in {"", "method"}:
+                    method = _changed(method, setting, value, self.name)
+                elif where.startswith("transforms.") and where[11:].isdigit() and int(where[11:]) < len(transforms):
+                    index = int(where[11:])
+                    transforms[index] = _changed(transforms[index], setting, value, self.name)
+                else:
+                    raise UserError(
+                        f"Merge '{self.name}': the grid's key '{key}' names no setting. Expected method.SETTING, or "
+                        f"transforms.N.SETTING with N below {len(transforms)}."
+                    )
+            found.append((chosen, method, transforms))
+        return found
+
+
+@dataclass
+class EvaluateSettings:
+    """What the table holds besides test rows and out-of-domain sets.
+
+    Args:
+        corruptions: Such as ``typos-3``; those made for another kind of input are passed over.
+    """
+
+    corruptions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunSettings:
+    """One run: a base, tasks, how to fine-tune, the merges, and what is evaluated.
+
+    Args:
+        data: The tasks; a LightningDataModule of ``lightning_merge.data``.
+        base: The pretrained model: a folder, ``package:NAME/FOLDER``, or ``owner/name@revision``.
+        pretrain: Make the base instead, by training a small vision transformer on the data's ``pretrain`` task.
+        finetune: How each task is learned.
+        variants: Further fine-tunings by name, for soups.
+        merges: The merges.
+        evaluate: What is evaluated.
+        seed: Of everything drawn at random.
+    """
+
+    data: TaskData
+    base: str | None = None
+    pretrain: PretrainSettings | None = None
+    finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
+    variants: dict[str, VariantSettings] = field(default_factory=dict)
+    merges: list[MergeSettings] = field(default_factory=list)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, options: Namespace) -> RunSettings:
+        """Pick the settings out of parsed options."""
+        return cls(**{spec.name: getattr(options, spec.name) for spec in fields(cls)})
+
+    def check(self) -> None:
+        """Check names and grids before any stage starts.
+
+        Raises:
+            UserError: No base or two, a repeated or reserved name, an unknown task, model, setting or corruption.
+        """
+        if (self.base is None) == (self.pretrain is None):
+            raise UserError("A run needs either 'base' (a pretrained model) or 'pretrain' (settings to make one).")
+        if self.pretrain is not None:
+            self.pretrain.check("pretrain")
+        self.finetune.check("finetune")
+        for name, variant in self.variants.items():
+            self._check_variant(name, variant)
+        names = [spec.name for spec in self.merges]
+        for spec in self.merges:
+            if names.count(spec.name) > 1 or spec.name in {"pretrained", "individual"} or not _is_name(spec.name):
+                raise UserError(
+                    f"The merge's name '{spec.name}' cannot be used. Expected letters, digits, - and _, each name "
+                    "once, and neither 'pretrained' nor 'individual'."
+                )
+            self._check_merge(spec)
+        for corruption in self.evaluate.corruptions:
+            Corruption.parse(corruption)
+
+    def _check_variant(self, name: str, variant: VariantSettings) -> None:
+        tasks = self.data.task_names
+        if name in tasks or not _is_name(name):
+            raise UserError(
+                f"The variant's name '{name}' cannot be used. Expected letters, digits, - and _, and no task's name."
+            )
+        if variant.task not in tasks:
+            raise unknown(f"task of the variant '{name}'", variant.task, tasks)
+        replace(self.finetune, module=variant.module, max_epochs=variant.max_epochs or 1).check(f"variants.{name}")
+
+    def _check_merge(self, spec: MergeSettings) -> None:
+        known = [*self.data.task_names, *self.variants]
+        if spec.models is not None and not spec.models:
+            raise UserError(f"Merge '{spec.name}': models is empty. Known: {', '.join(known)}.")
+        for model in spec.models or []:
+            if model not in known:
+                raise unknown(f"model of the merge '{spec.name}'", model, known)
+            if (spec.models or []).count(model) > 1:
+                raise UserError(f"Merge '{spec.name}': the model '{model}' is listed twice.")
+        for key, values in spec.grid.items():
+            if not values:
+                raise UserError(f"Merge '{spec.name}': the grid's '{key}' has no values. Expected a list of them.")
+        spec.candidates()
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Add the settings of a run to a parser."""
+    parser.add_class_arguments(RunSettings, None)
+
+
+def _changed(step: MergeMethod, setting: str, value: Any, merge_name: str) -> MergeMethod:
+    """Return a step with one setting changed; the step checks the value."""
+    known = [spec.name for spec in fields(step)]
+    if setting not in known:
+        raise UserError(
+            f"Merge '{merge_name}': {type(step).__name__} has no setting '{setting}'. "
+            f"Known: {', '.join(known)}.{nearest(setting, known)}"
+        )
+    return replace(step, **{setting: value})
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can name a folder and a row."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", text) is not None

@@ -1,0 +1,128 @@
+"""The verbs of LightningCLI, in this process, on digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from lightning_merge.cli import main
+
+SMALL = ["--data", "Digits", "--data.max_train", "64", "--data.max_dev", "32", "--data.max_test", "32"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+
+
+class MeanBrightness(L.LightningModule):
+    """A user's module that knows nothing of this package: one weight, fitted to nothing in particular."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(width, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        brightness = batch["inputs"].float().mean(dim=(1, 2))[:, None] / 255
+        return torch.nn.functional.cross_entropy(self.layer(brightness), batch["labels"])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lightning_merge.modules import build_vit
+
+    folder = tmp_path_factory.mktemp("vit") / "base"
+    build_vit(image_size=16, hidden_size=16, layers=1, heads=2, patch_size=8, seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an export in ``upright`` and a checkpoint in ``last.ckpt``, made by the verb fit."""
+    folder = tmp_path_factory.mktemp("fit")
+    arguments = ["fit", "--model.base", str(base), *SMALL, "--data.task", "upright", *QUIET]
+    arguments += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(folder)]
+    arguments += ["--trainer.callbacks+=ExportFineTuned", "--trainer.callbacks.folder", str(folder / "upright")]
+    arguments += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath", str(folder)]
+    arguments += ["--trainer.callbacks.filename", "last"]
+    assert main(arguments) == 0
+    return folder
+
+
+def test_fit_exports_what_merges(fitted: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_merge.modules import base_sha256, load_head
+
+    with safe_open(fitted / "upright" / "model.safetensors", framework="pt") as weights:
+        assert weights.metadata()["base_sha256"] == base_sha256(base)
+    _, info = load_head(fitted / "upright" / "heads" / "upright.safetensors")
+    assert info.task == "upright" and len(info.labels) == 10
+    output = fitted / "merged"
+    assert main(["merge", "--method", "SimpleAverage", "--models", f"{{a: {fitted / 'upright'}, b: {base}}}",
+                 "--base", str(base), "--output", str(output)]) == 0  # fmt: skip
+    assert (output / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_checkpoint_is_scored(verb: str, fitted: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [verb, "--model.base", str(base), *SMALL, "--data.task", "upright", *QUIET]
+    assert main([*arguments, "--ckpt_path", str(fitted / "last.ckpt")]) == 0
+    shown = capsys.readouterr().out
+    if verb != "predict":
+        assert {"validate": "val_accuracy", "test": "test_accuracy"}[verb] in shown
+
+
+def test_the_configuration_is_kept_and_written_again(base: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--model.base", str(base), *SMALL, "--data.task", "rotated", "--trainer.max_epochs", "1"]
+    arguments += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    arguments += ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    arguments += ["--trainer.logger.version", "one", "--trainer.enable_checkpointing", "false"]
+    for _ in range(2):  # Lightning by itself refuses to overwrite the first one's
+        assert main(arguments) == 0
+    kept = yaml.safe_load((tmp_path / "lightning_logs" / "one" / "config.yaml").read_text())
+    assert kept["data"]["init_args"]["task"] == "rotated" and kept["seed_everything"] == 0
+
+
+def test_a_users_own_module_is_found_by_its_path(tmp_path: Path) -> None:
+    arguments = ["fit", "--model", f"{__name__}.MeanBrightness", *SMALL, "--data.task", "upright", *QUIET]
+    arguments += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--data", "Digits", "--data.task", "uprigth"], "Unknown task 'uprigth'. *Did you mean 'upright'?"),
+        (["--data", "Digit", "--data.task", "upright"], "Unknown class 'Digit'. *Did you mean 'Digits'?"),
+        (["--data", "Digits", "--data.taskk", "upright"], "Unknown setting of Digits 'taskk'. *Did you mean 'task'?"),
+        (["--data", "Digits"], "Set data.task to one of"),
+        (["--data", "Digits", "--data.task", "upright", "--model.head_scale", "-1"], "head_scale must be a positive"),
+        (["--data", "Digits", "--data.task", "upright", "--trainer.max_epochz", "1"], "trainer.max_epochs"),
+        (["--data", "Digits", "--data.task", "upright", "--trainer.strategy", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_one_sentence(
+    wrong: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--model.base", str(base), *QUIET, *wrong]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-merge fit: error: ")]
+    assert len(lines) == 1
+    for part in told.split(" *"):
+        assert part in lines[0]
+
+
+def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "lightning-merge" in shown and "--model.base" in shown.replace("--model ", "--model.base")
+
+
+def test_the_examples_are_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1] / "configs" / "finetune"
+    for example in sorted(root.glob("*.yaml")):
+        assert main(["fit", "--config", str(example), "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].endswith("FineTune")
