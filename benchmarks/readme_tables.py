@@ -1,6 +1,6 @@
 """Write the method table, and the table and picture of a finished quick start, into the README.
 
-    python benchmarks/readme_tables.py [runs/quickstart]
+python benchmarks/readme_tables.py [runs/quickstart]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """CPU seconds of ``lightning-merge --help`` and ``methods`` above ``python -c "import torch"``; medians in one run.
 
-    python benchmarks/startup.py [--rounds 7]
+python benchmarks/startup.py [--rounds 7]
 """
 
 from __future__ import annotations

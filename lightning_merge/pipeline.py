@@ -6,6 +6,7 @@ that an interrupted run goes on where it stopped, and a failed merge costs the o
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import time
@@ -312,7 +313,7 @@ def _evaluate(settings: RunSettings, model: ModelFacts, output: Path, stages: St
         "weights": {task: sha256_of_source(open_weights(folders[task])) for task in tasks},
         "heads": _heads_sha256(settings, output),
         "data": {task: settings.data.fingerprint(task) for task in tasks},
-        "corruptions": settings.evaluate.corruptions,
+        "evaluate": settings.evaluate,
     }
 
     def work() -> str:
@@ -346,7 +347,17 @@ def _scores(settings: RunSettings, name: str, folder: Path, heads: Path, tasks: 
         corruptions = [c for c in map(Corruption.parse, settings.evaluate.corruptions) if c.kind == kind]
         seen = encoder.reconfigured(info.pooling, info.max_length)
         with _progress(f"evaluating {name} on {task}") as on_progress:
-            scores += score_model(name, seen, {task: head}, settings.data, [task], corruptions, on_progress)
+            scores += score_model(
+                name,
+                seen,
+                {task: head},
+                settings.data,
+                [task],
+                corruptions,
+                on_progress,
+                device=settings.evaluate.chosen_device(),
+                precision=settings.evaluate.precision,
+            )
     return scores
 
 
@@ -360,8 +371,11 @@ def _dev_accuracy(settings: RunSettings, output: Path, tasks: list[str], state_d
     for task in tasks:
         head, info = load_head(_head(output, task))
         seen = encoder.reconfigured(info.pooling, info.max_length)
-        predictions, labels = predict(seen, head, settings.data.loader(task, "dev"))
+        rows = settings.data.loader(task, "dev")
+        predictions, labels = predict(seen, head, rows, settings.evaluate.chosen_device(), settings.evaluate.precision)
         total += float((predictions == labels).mean())
+    del encoder, seen
+    gc.collect()  # a candidate's weights go before the next one is made
     return total / len(tasks)
 
 

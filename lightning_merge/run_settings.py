@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from lightning_merge.data import Corruption, TaskData
 from lightning_merge.errors import UserError, nearest, unknown
@@ -80,9 +82,19 @@ class EvaluateSettings:
 
     Args:
         corruptions: Such as ``typos-3``; those made for another kind of input are passed over.
+        precision: Of the encoder while models are scored: ``32-true``, or ``bf16-mixed`` for speed.
+        device: Where models are scored: ``cpu``, ``cuda``, ..., or ``auto`` for a GPU where there is one.
     """
 
     corruptions: list[str] = field(default_factory=list)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    device: str = "auto"
+
+    def chosen_device(self) -> str:
+        """Return the device that ``auto`` means."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass

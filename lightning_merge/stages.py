@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -78,6 +79,8 @@ class Stages:
         if trains:
             os.environ[STAGE] = name
         result = work()
+        # Task vectors refer to each other in circles, and would keep their files mapped until Python happens to look.
+        gc.collect()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps({"key": key, "result": result}, default=_plain))
         say(f"{name}: {time.monotonic() - started:.1f} s")

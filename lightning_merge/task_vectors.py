@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.weights import Finding, TensorInfo, WeightSource, find_incompatibilities, open_weights
-from lightning_merge.weights.compatibility import ignored
+from lightning_merge.weights.compatibility import counterpart, ignored
 
 # Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
 GRID = 1 << 16
@@ -265,7 +265,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         if not vectors:
             raise UserError("No task vectors to merge. Expected at least one.")
         for vector in vectors.values():
-            next(iter(vectors.values()))._require_same_base(vector)
+            TaskVector(space, vector.read)._require_same_base(vector)
         models = space.models if set(vectors) == set(space.models) else {}
         return cls(
             space.base, space.template, vectors, models, space.ignore, "base" if not models else space.batch_norm
@@ -386,10 +386,9 @@ class TaskVectors(Mapping[str, TaskVector]):
         return TaskVector(self, read, finetuned)
 
     def _values(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
-        stored = source.stored_name(name)
+        stored = counterpart(self.template, name, source)
         if stored is None:
-            # The two files chose different names of one tied tensor.
-            stored = next(s for a, o in self.template.aliases.items() if o == name and (s := source.stored_name(a)))
+            raise UserError(f"'{source.label}' lacks the tensor '{name}'. Expected it in every model.")
         values = source.read(stored).reshape(-1)[start:stop].to(self.compute_dtype(name))
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():

@@ -148,7 +148,8 @@ def test_the_dtype_is_rounded_to_once_and_stated(tmp_path: Path, dtype: Any) -> 
 def test_integers_keep_their_dtype(tmp_path: Path, three: TaskVectors) -> None:
     merge(TaskArithmetic(), three, tmp_path / "out.safetensors", dtype="float16")
     written = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(written["position_ids"], torch.arange(4)) and written["temperature"].dtype == torch.float16
+    assert written["position_ids"].dtype == torch.int64 and torch.equal(written["position_ids"], torch.arange(4))
+    assert written["temperature"].dtype == torch.float16
     for dtype, message in [("half", "Unknown dtype 'half'. Known: bfloat16"), (torch.int8, "Unknown dtype 'int8'")]:
         with pytest.raises(UserError, match=message):
             merge(TaskArithmetic(), three, tmp_path / "other.safetensors", dtype=dtype)
@@ -227,6 +228,9 @@ def test_asked_again_it_is_already_there_and_another_recipe_is_refused(
     assert after.keys() == before.keys() and merge(TaskArithmetic(scale=0.5), three, out).already_there
     weights_file = f"{name}/model.safetensors" if name == "out" else name
     assert after[weights_file] != before[weights_file]
+    (tmp_path / weights_file).write_bytes(b"damaged")  # overwriting does it again, whatever the record says
+    assert not merge(TaskArithmetic(scale=0.5), three, out, overwrite=True).already_there
+    assert listing(tmp_path)[weights_file] == after[weights_file]
 
 
 def test_a_source_that_changed_is_another_merge(tmp_path: Path, three: TaskVectors) -> None:
@@ -245,6 +249,9 @@ def test_task_vectors_of_algebra_are_told_apart_by_their_values(tmp_path: Path, 
     merge(TaskArithmetic(), negated, tmp_path / "negated")
     assert merge(TaskArithmetic(), negated, tmp_path / "negated").already_there
     assert same(load_file(tmp_path / "negated" / "model.safetensors"), TaskArithmetic()(negated))
+    opposite = TaskVectors.of(three, {"cars": three["cars"] * -2.0, "sun": three["sun"]})
+    with pytest.raises(UserError, match="already holds another merge"):
+        merge(TaskArithmetic(), opposite, tmp_path / "negated")
     # Its recipe names no file for what Python computed: run again, it is refused instead of giving the plain merge.
     again = ["merge", "--config", str(tmp_path / "negated" / "merge.yaml"), "--output", str(tmp_path / "again")]
     assert main(again) == 2 and not (tmp_path / "again").exists()

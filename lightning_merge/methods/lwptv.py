@@ -73,7 +73,8 @@ class LwPTV(Transform):
     Composes before any merge. A layer pruned for every task equals the base bit for bit.
 
     Args:
-        eta: Fraction of the layers pruned for each task, in [0, 1]; ⌊η L⌋ layers go. 0.2 by default.
+        eta: Fraction of the layers pruned for each task, in [0, 1]; ⌊η L⌋ layers go, where L counts the layers that
+            some task changed. 0.2 by default.
         saliency: ``magnitude`` mean |τ|; ``distance`` mean |τ_t − mean of all τ|; ``drift`` ‖τ‖ / ‖θ₀‖; ``entry``
             prunes the ⌊η n⌋ smallest entries inside each layer instead of whole layers.
         granularity: What a layer is: ``block`` (transformer block), ``module`` (weight and bias), or ``tensor``.
@@ -159,6 +160,12 @@ class LwPTV(Transform):
             return _Layers(complete=entries.complete, entries=entries, sizes=context.sizes)
         layers = sorted(context.sizes)
         square = _totals(partial, "square", layers)
+        # Layers that fine-tuning left alone (frozen embeddings, an unused pooler) are no part of any task vector.
+        # Counted, they would be pruned first, and eta would do nothing.
+        layers = [layer for layer, row in zip(layers, square, strict=True) if any(row)]
+        if not layers:
+            return _Layers(sizes=context.sizes)
+        square = [row for row in square if any(row)]
         if self.saliency == "drift":
             base = _totals(partial, "base", layers)
             scores = [[_drift(s, b[0]) for s in row] for row, b in zip(square, base, strict=True)]
@@ -190,8 +197,8 @@ class LwPTV(Transform):
             kept = context.entries.mask(view, magnitude_bits(view.deltas))
             factor = 1.0 / (1.0 - self.eta) if self.rescale == "inverse_keep" else 1.0
             return torch.where(kept, view.deltas, 0.0) * factor
-        factors = context.factors[layer_of(view.name, self.granularity)].to(view.deltas.dtype)
-        return view.deltas * factors[:, None]
+        factors = context.factors.get(layer_of(view.name, self.granularity))
+        return view.deltas if factors is None else view.deltas * factors.to(view.deltas.dtype)[:, None]
 
     def _protected(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.protect)

@@ -159,7 +159,10 @@ def fine_tune(
         callbacks = [EarlyStopping("val_accuracy", mode="max", patience=settings.patience), best]
     with isolate_rng(), quiet_lightning(), _single_task(data, task, seed):
         torch.manual_seed(seed)
-        module = FineTune(str(base), **{"seed": seed, **settings.module})
+        # Said here, for what spawned processes read of the data does not come back with the weights.
+        classes = {"labels": list(data.get(task).labels), "label_texts": data.get(task).label_texts}
+        given = settings.module if "labels" in settings.module else {**classes, **settings.module}
+        module = FineTune(str(base), **{"seed": seed, **given})
         trainer = L.Trainer(
             max_epochs=settings.max_epochs,
             callbacks=callbacks,

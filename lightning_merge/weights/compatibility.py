@@ -58,6 +58,12 @@ def ignored(name: str, ignore: Sequence[str]) -> bool:
     return False
 
 
+def counterpart(reference: WeightSource, name: str, model: WeightSource) -> str | None:
+    """Return the name under which ``model`` stores a tensor of ``reference``: its own, or one it is tied to there."""
+    names = [name, *(alias for alias, owner in reference.aliases.items() if owner == name)]
+    return next((stored for known in names if (stored := model.stored_name(known)) is not None), None)
+
+
 def find_incompatibilities(
     base: WeightSource | None, models: Mapping[str, WeightSource], ignore: Sequence[str] = (), sample: bool = True
 ) -> list[Finding]:
@@ -101,7 +107,7 @@ def _compare_headers(
                 "Expected fine-tunings of one pretrained model.",
             )
         ]
-    missing = [key for key in reference.tensors if not ignored(key, ignore) and model.stored_name(key) is None]
+    missing = [key for key in reference.tensors if not ignored(key, ignore) and not counterpart(reference, key, model)]
     if missing:
         prefixed = _prefix_hint(missing[0], model)
         hint = prefixed or nearest(missing[0], model.tensors)
@@ -130,7 +136,7 @@ def _compare_headers(
     common = {
         key: (info, model.tensors[stored])
         for key, info in reference.tensors.items()
-        if (stored := model.stored_name(key)) is not None and not ignored(key, ignore)
+        if (stored := counterpart(reference, key, model)) is not None and not ignored(key, ignore)
     }
     reshaped = [key for key, (info, other) in common.items() if other.shape != info.shape]
     if reshaped:
@@ -219,7 +225,7 @@ def _compare_values(
     step = max(1, len(candidates) // SAMPLED_TENSORS)
     distances, untouched = [], 0
     for key in candidates[::step][:SAMPLED_TENSORS]:
-        stored = model.stored_name(key)
+        stored = counterpart(reference, key, model)
         if stored is None:
             continue
         expected = reference.read(key).reshape(-1)[:SAMPLED_ENTRIES].double()

@@ -1,8 +1,8 @@
-"""What every merge method owes its users, tested once for all: ``TestContract`` runs each row through ``MethodContract``.
+"""What every merge method owes its users, tested once for all: each row goes through ``MethodContract``.
 
 A row is a method with settings and an independent reference: plain numpy in fp64, written from the paper's formula,
-over whole models in memory. The tensors lie on a coarse grid of binary fractions, so that differences and small sums are
-exact in fp32 as in fp64: ranks, ties and signs are then the same for both, and what is left is the merge's own rounding.
+over whole models in memory. The tensors lie on a coarse grid of binary fractions, so that differences and small sums
+are exact in fp32 as in fp64: ranks, ties and signs are then the same for both, and the merge's own rounding is left.
 """
 
 from __future__ import annotations

@@ -280,7 +280,8 @@ ROWS = [
     Row(
         LwPTV, lwptv(0.5, "distance", "tensor", "inverse_keep"),
         {"eta": 0.5, "saliency": "distance", "granularity": "tensor", "rescale": "inverse_keep"}, label="distance",
-        to_base={"eta": 1.0, "saliency": "distance", "granularity": "tensor"}, neutral={"eta": 0.0, "saliency": "distance"},
+        to_base={"eta": 1.0, "saliency": "distance", "granularity": "tensor"},
+        neutral={"eta": 0.0, "saliency": "distance"},
     ),
     Row(
         LwPTV, lwptv(0.6, "drift", "module", "norm", protected=("embed.weight", "temperature")),

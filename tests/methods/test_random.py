@@ -142,29 +142,27 @@ torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)
 base = {f"block.{n}.w": torch.randn(90, 1000, generator=g) for n in range(3)}
 models = {m: {k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in base.items()} for m in ("x", "é", "y")}
-merged = Ties(density=0.4)(TaskVectors.open(base=base, models=models), transforms=[LwPTV(eta=0.34), Dare(drop_rate=0.5)], seed=5)
+vectors = TaskVectors.open(base=base, models=models)
+merged = Ties(density=0.4)(vectors, transforms=[LwPTV(eta=0.34), Dare(drop_rate=0.5)], seed=5)
 print(hashlib.sha256(b"".join(merged[k].numpy().tobytes() for k in sorted(merged))).hexdigest())
 """
 
 
 def test_another_process_with_another_hash_seed_gives_the_same_bytes() -> None:
     scope: dict[str, object] = {}
-    found = []
     exec(SCRIPT.replace("print(", "digest = ("), scope)  # the same lines, in this process
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(done.stdout.strip())
-    assert found == [scope["digest"]] * 2
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == scope["digest"]
 
 
 def test_the_stream_is_pinned() -> None:
     """A merge of today must be the merge of tomorrow: the draws may change only in a release that says so."""
     mask = keep_mask(0.3, 42, "cars", "encoder.layer.0.weight", 0, GRID + 100)
-    assert hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16] == "PINNED"
+    assert hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16] == "c665bad57a8c436c"

@@ -378,7 +378,7 @@ def test_lwptv_eta_one_leaves_the_base_and_pruned_layers_equal_it_bit_for_bit(me
 
 
 def test_lwptv_scores_weigh_entries_not_tensors() -> None:
-    """A bias of 2 entries must not outweigh the matrix of its layer: means are 1.1 and 1.5, means of means 5.5 and 1.5."""
+    """A bias of 2 entries must not outweigh its layer: the means are 1.18 and 1.5, the means of means 5.5 and 1.5."""
     base = {"m.0.weight": torch.zeros(98), "m.0.bias": torch.zeros(2), "m.1.weight": torch.zeros(100)}
     tau = {
         "m.0.weight": torch.full((98,), 1.0),
