@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from lightning_merge.data import TaskData
 from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts, Results, Score, score_model, show, task_vector_statistics
 from lightning_merge.merging import as_config, describe, merge
-from lightning_merge.modules.tuning import Tuned, fine_tune, pretrain
+from lightning_merge.modules.tuning import FineTuneSettings, Tuned, fine_tune, pretrain
 from lightning_merge.run_settings import MergeSettings, RunSettings, VariantSettings, add_run_arguments
 from lightning_merge.stages import Stages, is_helper, refuse_launchers, say, training
 from lightning_merge.task_vectors import TaskVectors
@@ -154,7 +155,7 @@ def _base(settings: RunSettings, source: WeightSource | None, output: Path, stag
     folder = output / "base"
     made = settings.pretrain
     if made is not None:
-        inputs = {"pretrain": made, "seed": settings.seed, **_data_inputs(settings, "pretrain")}
+        inputs = {"pretrain": made, "seed": settings.seed, **_data_inputs(settings.data, "pretrain", made)}
         work = lambda: pretrain(made, settings.data, folder, settings.seed, not is_helper())  # noqa: E731
     else:
         assert source is not None and source.folder is not None
@@ -169,9 +170,13 @@ def _weights_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
 
 
-def _data_inputs(settings: RunSettings, task: str) -> dict[str, Any]:
-    """What a fit depends on in the data: the rows and how many a step sees."""
-    return {"data": settings.data.fingerprint(task), "batch_size": settings.data.batch_size}
+def _data_inputs(data: TaskData, task: str, fit: FineTuneSettings) -> dict[str, Any]:
+    """What a fit depends on in the data: the rows it sees, their order, and how many a step takes.
+
+    Test rows are not among them: a run that adds some must not train again.
+    """
+    splits = ("train",) if fit.patience is None else ("train", "dev")
+    return {"data": data.fingerprint(task, *splits), "batch_size": data.batch_size, "data_seed": data.seed}
 
 
 def _fine_tune_all(settings: RunSettings, output: Path, stages: Stages, base_sha256: str) -> dict[str, Tuned]:
@@ -181,7 +186,8 @@ def _fine_tune_all(settings: RunSettings, output: Path, stages: Stages, base_sha
     for name, variant in variants.items():
         changed = replace(
             settings.finetune,
-            module={**settings.finetune.module, **variant.module},
+            # The run's seed, whatever the variant's: models that are merged must share the fixed vectors of their head.
+            module={"seed": settings.seed, **settings.finetune.module, **variant.module},
             max_epochs=variant.max_epochs or settings.finetune.max_epochs,
         )
         head = _head(output, variant.task)
@@ -191,7 +197,7 @@ def _fine_tune_all(settings: RunSettings, output: Path, stages: Stages, base_sha
             f"finetune-{name}",
             {
                 "base": base_sha256,
-                **_data_inputs(settings, variant.task),
+                **_data_inputs(settings.data, variant.task, changed),
                 "settings": changed,
                 "seed": variant.seed,
             },
@@ -228,7 +234,7 @@ def _merge(
         "heads": _heads_sha256(settings, output),
         "base": base_sha256,
         "seed": settings.seed,
-        "dev": {task: settings.data.fingerprint(task) for task in tasks} if selects else None,
+        "dev": {task: settings.data.fingerprint(task, "dev") for task in tasks} if selects else None,
     }
 
     def work() -> dict[str, Any]:

@@ -24,7 +24,7 @@ class VariantSettings:
 
     Args:
         task: The task it learns.
-        seed: Of its order of rows.
+        seed: Of its order of rows and of dropout; the head is the task's.
         module: Settings of ``FineTune`` in which it differs.
         max_epochs: Where it differs.
     """

@@ -70,6 +70,7 @@ def test_fit_exports_what_merges(fitted: Path, base: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_a_checkpoint_is_scored(verb: str, fitted: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [verb, "--model.base", str(base), *SMALL, "--data.task", "upright", *QUIET]
+    arguments += ["--trainer.default_root_dir", str(fitted)]
     assert main([*arguments, "--ckpt_path", str(fitted / "last.ckpt")]) == 0
     shown = capsys.readouterr().out
     if verb != "predict":
@@ -106,9 +107,9 @@ def test_a_users_own_module_is_found_by_its_path(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_sentence(
-    wrong: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str]
+    wrong: list[str], told: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "--model.base", str(base), *QUIET, *wrong]) == 2
+    assert main(["fit", "--model.base", str(base), *QUIET, "--trainer.default_root_dir", str(tmp_path), *wrong]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-merge fit: error: ")]
     assert len(lines) == 1
     for part in told.split(" *"):

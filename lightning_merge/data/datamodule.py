@@ -116,7 +116,7 @@ class TaskData(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self._tasks: dict[str, Task] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[tuple[str, ...], str] = {}
         self._check_names()
 
     @abstractmethod
@@ -148,11 +148,17 @@ class TaskData(L.LightningDataModule, ABC):
             self._tasks[name] = subsample(check_task(self.load(name)), self.limits, self.seed)
         return self._tasks[name]
 
-    def fingerprint(self, name: str) -> str:
-        """Return the SHA-256 (hex) over the rows of a task that are actually used, its labels and label texts."""
-        if name not in self._fingerprints:
-            self._fingerprints[name] = fingerprint(self.get(name))
-        return self._fingerprints[name]
+    def fingerprint(self, name: str, *splits: str) -> str:
+        """Return the SHA-256 (hex) over the rows of a task that are actually used, its labels and label texts.
+
+        Args:
+            name: the task.
+            splits: what to look at, such as ``"train"``; all splits by default.
+        """
+        key = (name, *splits)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(self.get(name), splits or None)
+        return self._fingerprints[key]
 
     def ood_names(self, name: str) -> list[str]:
         """Return the names of a task's out-of-domain splits, such as ``["ood_yelp"]``, sorted."""

@@ -168,8 +168,8 @@ def subsample(task: Task, limits: Mapping[str, int | None], seed: int) -> Task:
     return replace(task, splits=splits)
 
 
-def fingerprint(task: Task) -> str:
-    """Return the SHA-256 (hex) over kind, labels, label texts and every row of every split, in order.
+def fingerprint(task: Task, splits: Sequence[str] | None = None) -> str:
+    """Return the SHA-256 (hex) over kind, labels, label texts and every row of every split (or of some), in order.
 
     Equal data give an equal string whatever they were read from and whatever the task is called.
     """
@@ -184,7 +184,7 @@ def fingerprint(task: Task) -> str:
         add("label", label.encode())
     for phrase in task.label_texts or ():
         add("label_text", phrase.encode())
-    for name in sorted(task.splits):
+    for name in sorted(task.splits if splits is None else splits):
         split = task.splits[name]
         add("split", name.encode())
         add("ids", np.ascontiguousarray(split.labels, dtype="<i8").tobytes())
