@@ -280,8 +280,10 @@ def _merge(
     try:
         return ModelFacts(**stages.do(f"merge-{spec.name}", inputs, [folder / "model.safetensors", *heads], work))
     except Exception as error:  # one merge must not cost the others
-        say(f"merge-{spec.name} failed: {error}")
-        return ModelFacts(spec.name, method=describe(spec.method, spec.transforms), error=str(error))  # type: ignore[arg-type]
+        # What a method says is written for users; of anything else its kind helps to find it.
+        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        say(f"merge-{spec.name} failed: {told}")
+        return ModelFacts(spec.name, method=describe(spec.method, spec.transforms), error=told)  # type: ignore[arg-type]
 
 
 def _models(

@@ -167,7 +167,7 @@ class TaskVector:
                 values = add_delta(space.read_base(*at), scale * self.read(*at))
             else:
                 values = space.template.read(name)
-            merged[name] = values.to(info.dtype, copy=True).reshape(info.shape)
+            merged[name] = values.to("cpu", info.dtype, copy=True).reshape(info.shape)
         return space.with_tied_names(merged)
 
     def _block_dots(self, other: TaskVector, name: str) -> Iterator[float]:
@@ -368,7 +368,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             for model in self.names:
                 total += self._values(self.models[model], name, 0, info.numel)
             return (total / len(self.names)).reshape(info.shape).to(info.dtype)
-        return self.template.read(name).clone()
+        return self.template.read(name).to("cpu", copy=True)
 
     def with_tied_names(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the tied names, each pointing to the very tensor it is tied to."""
@@ -389,7 +389,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         stored = counterpart(self.template, name, source)
         if stored is None:
             raise UserError(f"'{source.label}' lacks the tensor '{name}'. Expected it in every model.")
-        values = source.read(stored).reshape(-1)[start:stop].to(self.compute_dtype(name))
+        values = source.read(stored).reshape(-1)[start:stop].to("cpu", self.compute_dtype(name))
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
             what = "NaN" if values.isnan().any() else "infinity"

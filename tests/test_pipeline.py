@@ -1,4 +1,4 @@
-"""The stages of ``run``, on digits with a model of some ten thousand weights."""
+"""The stages of ``run``, on digits with a model of fifty thousand weights."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ MERGES: list[dict[str, Any]] = [
      "grid": {"method.scale": [0.5, 1]}},
     {"name": "dare", "method": "TaskArithmetic", "transforms": ["Dare"],
      "grid": {"transforms.0.drop_rate": [0.3, 0.6]}},
+    {"name": "lwptv", "method": "TaskArithmetic", "transforms": ["LwPTV"]},  # the pooler never moves: no layer of any τ
     {"name": "soup", "method": "GreedySoup", "models": ["upright", "upright_2"]},
 ]  # fmt: skip
 SETTINGS: dict[str, Any] = {
@@ -42,8 +43,8 @@ SETTINGS: dict[str, Any] = {
         },
     },
     "pretrain": {
-        "vit": {"image_size": 16, "hidden_size": 32, "layers": 1, "heads": 2, "patch_size": 4},
-        "module": {"learning_rate": 5e-3, "head_scale": 16.0},
+        "vit": {"image_size": 16, "hidden_size": 64, "layers": 1, "heads": 2, "patch_size": 4},
+        "module": {"learning_rate": 3e-3, "head_scale": 16.0},
         "max_epochs": 12,
     },
     "finetune": {"module": {"learning_rate": 2e-3, "head_scale": 16.0}, "max_epochs": 2},
@@ -51,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "merges": MERGES,
     "evaluate": {"corruptions": ["blur-3"]},
 }  # fmt: skip
-ROWS = {"pretrained", "individual", "average", "ties", "dare", "soup"}
+ROWS = {"pretrained", "individual", "average", "ties", "dare", "lwptv", "soup"}
 
 
 class ShuffledTestLabels(Digits):
@@ -129,7 +130,7 @@ def test_the_layout_is_the_documented_one(finished: Path) -> None:
 def test_transformers_reads_a_merged_folder(finished: Path) -> None:
     from transformers import AutoModel
 
-    assert AutoModel.from_pretrained(finished / "merged" / "ties").config.hidden_size == 32
+    assert AutoModel.from_pretrained(finished / "merged" / "ties").config.hidden_size == 64
 
 
 def test_every_model_has_its_rows(finished: Path) -> None:

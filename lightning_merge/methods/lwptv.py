@@ -221,7 +221,9 @@ def _totals(partial: Partial, kind: str, layers: Sequence[str]) -> list[list[flo
     rows: dict[str, list[list[list[float]]]] = {layer: [] for layer in layers}
     for key, value in partial.items():
         if isinstance(key, tuple) and key[0] == kind:
-            rows[key[1] if kind else ""].append(value)
+            layer = key[1] if kind else ""
+            if layer in rows:  # layers that did not move were measured too
+                rows[layer].append(value)
     return [
         [math.fsum(itertools.chain.from_iterable(piece[task] for piece in pieces)) for task in range(len(pieces[0]))]
         if pieces

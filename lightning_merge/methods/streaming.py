@@ -119,9 +119,7 @@ class Chain:
     def _seen_by(self, name: str, at: tuple[int, int], index: int, contexts: dict[int, Context]) -> TensorView:
         view = self.task_vectors.view(name, *at)
         for position in range(index):
-            deltas = self.steps[position].apply(view, contexts[position])
-            # A transform that changed nothing leaves the models' own entries, which θ₀ + τ would round.
-            view = view if deltas is view.deltas else view.with_deltas(deltas)
+            view = view.with_deltas(self.steps[position].apply(view, contexts[position]))
         return view
 
 

@@ -228,8 +228,8 @@ def _compare_values(
         stored = counterpart(reference, key, model)
         if stored is None:
             continue
-        expected = reference.read(key).reshape(-1)[:SAMPLED_ENTRIES].double()
-        difference = model.read(stored).reshape(-1)[:SAMPLED_ENTRIES].double() - expected
+        expected = reference.read(key).reshape(-1)[:SAMPLED_ENTRIES].cpu().double()
+        difference = model.read(stored).reshape(-1)[:SAMPLED_ENTRIES].cpu().double() - expected
         untouched += int(not difference.any())
         scale = expected.norm().item()
         distances.append(difference.norm().item() / scale if scale else 0.0)
