@@ -56,12 +56,12 @@ def sorted_thresholds(base: dict[str, Tensor], models: dict[str, dict[str, Tenso
 
 
 def streamed_thresholds(vectors: TaskVectors) -> list[float]:
-    """Ours: two counting passes."""
+    """Ours: a sample, and one pass."""
     method = Ties(density=DENSITY)
     chain = Chain([method], vectors)
     tensors = {name: vectors.info(name) for name in vectors.tensor_names}
     context = method.begin(Header(tensors, vectors.names))
-    while context.largest.stage < 2:  # type: ignore[attr-defined]
+    while context.largest.groups[""].bits is None:  # type: ignore[attr-defined]
         total: dict = {}
         for partial in chain._over_pieces(0, lambda view, _: method.measure(view, context)):  # noqa: B023
             add_partial(total, partial)

@@ -59,6 +59,8 @@ class MergeReport:
     peak_memory_bytes: int = 0
     already_there: bool = False
     findings: list[Finding] = field(default_factory=list)
+    # The models that went in: a method that selects may have left some out.
+    models: tuple[str, ...] = ()
 
 
 def merge(
@@ -148,6 +150,7 @@ def merge(
             seconds=time.perf_counter() - started,
             hashing_seconds=hashing_seconds,
             passes=chain.passes,
+            models=chosen.names,
             bytes_read=chain.passes * sum(source.nbytes for source in opened.values() if source),
             bytes_written=planned.bytes_written,
             peak_memory_bytes=peak_memory_bytes(),
@@ -327,6 +330,7 @@ def _record(
         "versions": {"python": platform.python_version(), **versions},
         "seconds": round(report.seconds, 3),
         "hashing_seconds": round(report.hashing_seconds, 3),
+        "models_merged": list(report.models),
         "passes": report.passes,
         "bytes_written": report.bytes_written,
         "peak_memory_bytes": report.peak_memory_bytes,

@@ -260,6 +260,8 @@ def _merge(
         (folder / "heads").mkdir()
         for task in settings.data.task_names:
             shutil.copyfile(_head(output, task), folder / "heads" / f"{task}.safetensors")
+        if len(report.models) < len(names):
+            chosen = {**chosen, "models": " + ".join(report.models)}
         size = vectors.template.numel
         return asdict(
             ModelFacts(

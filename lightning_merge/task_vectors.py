@@ -71,6 +71,24 @@ class TensorView:
             self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
         return out
 
+    def delta_rows(self) -> Iterator[Tensor]:
+        """Yield τ_t, ``(n,)``, one model after another; a row is valid until the next one is asked for."""
+        if self._deltas is not None or "deltas" in self.__dict__:
+            yield from self.deltas
+            return
+        row = torch.empty(self.stop - self.start, dtype=self._space.compute_dtype(self.name))
+        for model in self.models:
+            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
+            yield row
+
+    def sampled_deltas(self, stride: int) -> Iterator[Tensor]:
+        """Yield every ``stride``-th entry of τ_t, one model after another."""
+        if self._deltas is not None:
+            yield from self._deltas[:, ::stride]
+        else:
+            for model in self.models:
+                yield self._space.sample_delta(model, self.name, self.start, self.stop, stride)
+
     @property
     def original(self) -> TensorView:
         """The piece as the models have it, before any transform."""
@@ -197,6 +215,20 @@ class TaskVectors(Mapping[str, TaskVector]):
         findings: What was noted when the models were compared.
 
     Use :meth:`open`; algebra gives new sets through :meth:`of`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> task_vectors["a"].delta("weight")
+        tensor([ 0.5000,  0.0000,  0.2500, -1.0000])
+        >>> (task_vectors["a"] + task_vectors["b"]).delta("weight")
+        tensor([ 0.2500,  1.0000,  0.7500, -1.0000])
+        >>> round(task_vectors["a"].cosine(task_vectors["b"]), 6)
+        0.0
     """
 
     def __init__(
@@ -360,6 +392,14 @@ class TaskVectors(Mapping[str, TaskVector]):
         else:
             out.copy_(vector.read(name, start, stop))
 
+    def sample_delta(self, model: str, name: str, start: int, stop: int, stride: int) -> Tensor:
+        """Return every ``stride``-th entry of a flat piece of τ, reading no more than those where that is possible."""
+        source = self.models.get(model)
+        if source is None or self.base is None or self[model].finetuned is None:
+            return self[model].read(name, start, stop)[::stride]
+        ends = [self._stored(held, name)[start:stop:stride] for held in (source, self.base)]
+        return ends[0].to("cpu", self.compute_dtype(name)) - ends[1].to("cpu", self.compute_dtype(name))
+
     def unmerged(self, name: str) -> Tensor:
         """Return a tensor that is not merged: averaged BatchNorm statistics, or the template's own values."""
         info = self.info(name)
@@ -386,18 +426,22 @@ class TaskVectors(Mapping[str, TaskVector]):
         return TaskVector(self, read, finetuned)
 
     def _values(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
-        stored = counterpart(self.template, name, source)
-        if stored is None:
-            raise UserError(f"'{source.label}' lacks the tensor '{name}'. Expected it in every model.")
-        values = source.read(stored).reshape(-1)[start:stop].to("cpu", self.compute_dtype(name))
+        values = self._stored(source, name)[start:stop].to("cpu", self.compute_dtype(name))
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
             what = "NaN" if values.isnan().any() else "infinity"
             raise UserError(
-                f"Tensor '{stored}' of '{source.label}' holds {what} (among its entries {start} to {stop}). "
+                f"Tensor '{name}' of '{source.label}' holds {what} (among its entries {start} to {stop}). "
                 "Expected finite weights; leave a tensor out of the merge with --ignore REGEX."
             )
         return values
+
+    def _stored(self, source: WeightSource, name: str) -> Tensor:
+        """The flat tensor as a source holds it, whichever of its tied names it uses."""
+        stored = counterpart(self.template, name, source)
+        if stored is None:
+            raise UserError(f"'{source.label}' lacks the tensor '{name}'. Expected it in every model.")
+        return source.read(stored).reshape(-1)
 
     def _classify(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         merged: list[str] = []

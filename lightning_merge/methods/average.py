@@ -36,6 +36,16 @@ class SimpleAverage(TensorMerge):
 
     Cost: one pass over the models.
     Reference: Wortsman et al., 2022, Model soups, arXiv 2203.05482, "uniform soup".
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> SimpleAverage()(task_vectors)["weight"]
+        tensor([1.1250, 2.5000, 3.3750, 3.5000])
     """
 
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
@@ -61,6 +71,16 @@ class WeightedAverage(TensorMerge):
 
     Cost: one pass over the models.
     Reference: Wortsman et al., 2022, Model soups, arXiv 2203.05482.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> WeightedAverage(weights={"a": 3, "b": 1})(task_vectors)["weight"]
+        tensor([1.3125, 2.2500, 3.3125, 3.2500])
     """
 
     weights: PerModel = hyperparameter(1.0, "[-100, 100]")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count
-from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
+from lightning_merge.methods.top_k import LargestEntries
 from lightning_merge.task_vectors import TensorView
 
 
@@ -28,9 +27,21 @@ class Breadcrumbs(Transform):
     Raises:
         UserError: density + gamma exceeds 1.
 
-    Cost: two counting passes (over each tensor as it comes, or over the model); a third where ties are broken.
+    Cost: a small sampling pass and one counting pass (over each tensor as it comes, or over the model); a further one
+        where ties are broken.
     Reference: Davari & Belilovsky, 2024, Model Breadcrumbs, arXiv 2312.06795, section 3. (The released code ranks
         within rows.)
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> from lightning_merge.methods import TaskArithmetic
+        >>> TaskArithmetic(scale=1)(task_vectors, transforms=[Breadcrumbs(density=0.5, gamma=0.25)])["weight"]
+        tensor([1.2500, 2.0000, 3.7500, 4.0000])
     """
 
     density: float = hyperparameter(0.143, "(0, 1]")
@@ -71,6 +82,5 @@ class Breadcrumbs(Transform):
 
     def apply(self, view: TensorView, context: LargestEntries) -> Tensor:
         """Return the task vectors ``(T, n)`` between the two cuts."""
-        patterns = magnitude_bits(view.deltas)
-        kept = context.mask(view, patterns, rank=1) & ~context.mask(view, patterns, rank=0)
-        return torch.where(kept, view.deltas, 0.0)
+        outliers = context.trim(view, rank=0)
+        return context.trim(view, rank=1).masked_fill_(outliers != 0, 0.0)

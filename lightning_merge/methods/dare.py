@@ -36,6 +36,17 @@ class Dare(Transform):
     Cost: no pass of its own; 16 random bits an entry.
     Reference: Yu et al., 2024, Language Models are Super Mario, arXiv 2311.03099, section 3.1. (mergekit's
         ``dare_*`` matches the tensor's L1 norm instead of dividing by 1 − p.)
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> from lightning_merge.methods import TaskArithmetic
+        >>> TaskArithmetic(scale=1)(task_vectors, transforms=[Dare(drop_rate=0.5)], seed=1)["weight"]
+        tensor([1.0000, 2.0000, 4.5000, 2.0000])
     """
 
     drop_rate: float = hyperparameter(0.9, "[0, 1)")

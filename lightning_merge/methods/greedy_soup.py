@@ -27,6 +27,18 @@ class GreedySoup(ModelMerge):
 
     Cost: one average and one scoring for each model, besides scoring each alone.
     Reference: Wortsman et al., 2022, Model soups, arXiv 2203.05482, recipe 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> def score(state_dict):  # validation accuracy, say
+        ...     return -float((state_dict["weight"] - 3).abs().sum())
+        >>> GreedySoup()(task_vectors, score=score)["weight"]
+        tensor([1.5000, 2.0000, 3.2500, 3.0000])
     """
 
     accept_ties: bool = True

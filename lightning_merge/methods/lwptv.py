@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count, ordered_sum
-from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
+from lightning_merge.methods.top_k import LargestEntries
 from lightning_merge.task_vectors import TensorView, block_sums
 from lightning_merge.weights import TensorInfo
 
@@ -86,8 +86,18 @@ class LwPTV(Transform):
     Raises:
         UserError: ``inverse_keep`` with η = 1, or ``norm`` with ``entry``.
 
-    Cost: one measuring pass over the base and the models (two or three for ``entry``).
+    Cost: one measuring pass over the base and the models (``entry`` samples first, and may break ties after).
     Reference: Merging Smarter, Generalizing Better, 2025, arXiv 2506.09093; see the module's note on the saliency.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> from lightning_merge.methods import TaskArithmetic
+        >>> base = {"layer.0.weight": torch.zeros(2), "layer.1.weight": torch.zeros(2)}
+        >>> model = {"layer.0.weight": torch.tensor([0.1, -0.1]), "layer.1.weight": torch.tensor([0.5, 0.25])}
+        >>> task_vectors = TaskVectors.open(base, {"a": model})
+        >>> TaskArithmetic(scale=1)(task_vectors, transforms=[LwPTV(eta=0.5)])
+        {'layer.0.weight': tensor([0., 0.]), 'layer.1.weight': tensor([0.5000, 0.2500])}
     """
 
     eta: float = hyperparameter(0.2, "[0, 1]")
@@ -194,9 +204,8 @@ class LwPTV(Transform):
         if self.eta == 0 or self._protected(view.name):
             return view.deltas
         if context.entries is not None:
-            kept = context.entries.mask(view, magnitude_bits(view.deltas))
             factor = 1.0 / (1.0 - self.eta) if self.rescale == "inverse_keep" else 1.0
-            return torch.where(kept, view.deltas, 0.0) * factor
+            return context.entries.trim(view) * factor
         factors = context.factors.get(layer_of(view.name, self.granularity))
         return view.deltas if factors is None else view.deltas * factors.to(view.deltas.dtype)[:, None]
 

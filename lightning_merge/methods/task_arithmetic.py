@@ -33,6 +33,16 @@ class TaskArithmetic(TensorMerge):
 
     Cost: one pass over the base and the models.
     Reference: Ilharco et al., 2023, Editing Models with Task Arithmetic, arXiv 2212.04089, section 2.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> TaskArithmetic(scale=0.5)(task_vectors)["weight"]
+        tensor([1.1250, 2.5000, 3.3750, 3.5000])
     """
 
     scale: PerModel = hyperparameter(0.3, "[-100, 100]")

@@ -67,10 +67,21 @@ class Ties(TensorMerge):
         operation: ``mean`` over the agreeing entries (paper) or their ``sum`` (used for CLIP by AdaMerging).
         scope: Trim over the whole ``model`` (paper) or over each ``tensor`` (mergekit, peft).
 
-    Cost: two counting passes for the trim (a third where ties are broken), one for the signs, one to merge; no
-        sorting, extra memory of some pieces of 2¹⁸ entries of T models, for any size of model.
+    Cost: a small sampling pass and one counting pass for the trim (a further one where ties are broken), one for the
+        signs, one to merge; no sorting. Extra memory: about 1 % of the entries for each task, and some pieces of 2¹⁸
+        entries of T models.
     Reference: Yadav et al., 2023, TIES-Merging, arXiv 2306.01708, algorithm 1. (The released code keeps one entry
         more and fails at density 1.)
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> Ties(density=0.5)(task_vectors)["weight"]
+        tensor([1.5000, 3.0000, 3.5000, 3.0000])
     """
 
     density: float = hyperparameter(0.2, "(0, 1]")

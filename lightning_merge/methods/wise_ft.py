@@ -25,6 +25,16 @@ class WiseFT(TensorMerge):
 
     Cost: one pass over the base and the models.
     Reference: Wortsman et al., 2022, Robust fine-tuning of zero-shot models, arXiv 2109.01903, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge import TaskVectors
+        >>> base = {"weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+        >>> a = {"weight": torch.tensor([1.5, 2.0, 3.25, 3.0])}
+        >>> b = {"weight": torch.tensor([0.75, 3.0, 3.5, 4.0])}
+        >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
+        >>> WiseFT(alpha=0.5)(task_vectors.subset(["a"]))["weight"]
+        tensor([1.2500, 2.0000, 3.1250, 3.5000])
     """
 
     alpha: float = hyperparameter(0.5, "[0, 1]")

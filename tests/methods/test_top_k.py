@@ -11,14 +11,25 @@ from contract import in_chunks
 from torch import Tensor
 
 from lightning_merge import TaskVectors
-from lightning_merge.methods import Breadcrumbs, TaskArithmetic, Ties
+from lightning_merge.methods import Breadcrumbs, TaskArithmetic, Ties, top_k
 from lightning_merge.methods.base import Partial
 from lightning_merge.methods.streaming import add_partial
 from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
 from lightning_merge.task_vectors import GRID
+from lightning_merge.weights import TensorInfo
 
 State = dict[str, Tensor]
 SMALLEST = 2.0**-149  # the smallest positive fp32 number
+
+
+@pytest.fixture(params=["sampled", "too wide", "missed"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every property holds with a good bracket, with one that would collect too much, and with one that misleads."""
+    if request.param == "too wide":
+        monkeypatch.setattr(top_k, "_bracket", lambda threshold, sample: [None] * len(threshold.ranks))
+    if request.param == "missed":
+        monkeypatch.setattr(top_k, "_bracket", lambda threshold, sample: [(7, 9)] * len(threshold.ranks))
+    return request.param
 
 
 def opened(taus: dict[str, State]) -> TaskVectors:
@@ -165,9 +176,31 @@ def test_fp64_models_are_ranked_by_their_fp32_differences() -> None:
     assert all(torch.equal(value[value != 0], tau[value != 0]) for value in kept)
 
 
-def test_no_third_pass_without_ties_that_matter() -> None:
+def test_ties_are_counted_only_where_they_matter() -> None:
     generator = torch.Generator().manual_seed(5)
     distinct = torch.randperm(1000, generator=generator).float() + 1
-    for values, stages in [(distinct, 2), (torch.zeros(1000), 2), (torch.ones(1000), 3)]:
+    for values, tied in [(distinct, False), (torch.zeros(1000), False), (torch.ones(1000), True)]:
         largest, _ = counted_masks(opened({"m": {"w": values}}), [200])
-        assert largest.stage == stages
+        assert bool(largest.groups[""].equal_before) is tied
+
+
+def test_a_sample_brackets_a_large_vector(way: str) -> None:
+    """Few entries are collected, and the result is exact also where the sample sees other values."""
+    generator = torch.Generator().manual_seed(6)
+    values = torch.randn(3 << 18, generator=generator)
+    stride = LargestEntries(tensors={"w": TensorInfo((values.numel(),), torch.float32)}).groups[""].stride
+    assert stride > 1
+    misleading = values.clone()
+    misleading[::stride] *= 100  # the sample sees these alone
+    for tau in (values, misleading):
+        vectors = opened({"m": {"w": tau}})
+        _, masks = counted_masks(vectors, [tau.numel() // 5])
+        assert torch.equal(masks[0]["w"], sorted_masks({"w": tau}, lambda n: n // 5, "model")["w"])
+    if way == "sampled":
+        largest = LargestEntries(tensors={"w": vectors.info("w")}, ranks=lambda n: [n // 5])
+        total: Partial = {}
+        for at in opened({"m": {"w": values}}).chunks("w"):
+            add_partial(total, largest.measure(opened({"m": {"w": values}}).view("w", *at)))
+        low, high = largest.conclude(total).groups[""].bracket[0][0]  # type: ignore[index]
+        inside = magnitude_bits(values)
+        assert 0 < int(((inside >= low) & (inside < high)).sum()) < 0.03 * values.numel()
