@@ -7,6 +7,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge.errors import UserError, unknown
@@ -22,7 +23,7 @@ VERBS = {
     "test": "",
     "predict": "",
     "merge": "merge files or folders of weights into one",
-    "evaluate": "score models of a run on its tasks: table, JSON, plots",
+    "evaluate": "show the table of a run, and score further models on its tasks",
     "methods": "list every merge method, or explain one",
 }
 USAGE = "usage: lightning-merge VERB [options]   (lightning-merge VERB --help explains a verb)"
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        kept = " What was finished is kept; the same command goes on from there." if verb == "run" else ""
+        print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
 
 
@@ -120,7 +122,7 @@ def _merge(arguments: Sequence[str]) -> int:
     else:
         print(
             f"Merged in {report.seconds:.2f} s (+ {report.hashing_seconds:.2f} s hashing): {report.passes} passes, "
-            f"{report.bytes_read / 1e6:,.1f} MB read, {report.bytes_written / 1e6:,.1f} MB written, "
+            f"{report.bytes_written / 1e6:,.1f} MB written, "
             f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB. {report.output}"
         )
     return 0
@@ -244,30 +246,41 @@ def _method_page(kind: type[MergeMethod]) -> str:
 # --- run and evaluate ---------------------------------------------------------------------------------------------
 
 QUICKSTART = "configs/quickstart.yaml"
+DEFAULT_OUTPUT = "runs/run"
 
 
 def _run(arguments: Sequence[str]) -> int:
     """Fine-tune, merge, evaluate and report. Stages whose inputs have not changed are not done again."""
-    from pathlib import Path
-
     from lightning_merge.parsing import build, make_parser
     from lightning_merge.pipeline import RunSettings, add_run_arguments, run
 
     parser = make_parser("run", _run.__doc__)
     parser.add_argument("--config", action="config", help=f"the run's YAML; {QUICKSTART} where it stands")
     add_run_arguments(parser)
-    parser.add_argument("--output", type=str, default="runs/run", help="the run's folder")
+    parser.add_argument("--output", type=str, default=DEFAULT_OUTPUT, help="the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="do every stage again")
-    if Path(QUICKSTART).is_file() and not any(a.split("=")[0] in {"--config", "-h", "--help"} for a in arguments):
-        arguments = ["--config", QUICKSTART, *arguments]
+    if not any(a.split("=")[0] in {"--config", "-h", "--help"} for a in arguments):
+        # An earlier run goes on with its own settings; without one, the quick start is meant.
+        for config in (_output_of(arguments) / "run.yaml", Path(QUICKSTART)):
+            if config.is_file():
+                arguments = ["--config", str(config), *arguments]
+                break
     options, resolved = build(parser, arguments)
     return run(RunSettings.of(options), Path(options.output), resolved, overwrite=options.overwrite)
 
 
+def _output_of(arguments: Sequence[str]) -> Path:
+    """The value of ``--output`` before anything is parsed."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--output="):
+            return Path(argument.partition("=")[2])
+        if argument == "--output" and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+    return Path(DEFAULT_OUTPUT)
+
+
 def _evaluate(arguments: Sequence[str]) -> int:
     """Score the models of a run, and others over its base, on its tasks and with its heads; print the table."""
-    from pathlib import Path
-
     from lightning_merge.parsing import build, make_parser
     from lightning_merge.pipeline import evaluate_run
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # For their names: jsonargparse finds a class by its short name once it is imported.
@@ -32,6 +32,15 @@ VERBS = {
 SEED = 0
 
 
+class KeepConfig(SaveConfigCallback):
+    """Keep the configuration beside the logs; without logs it would go over a config.yaml in the current folder."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it where there is a logger."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class MergeCLI(LightningCLI):
     """LightningCLI with ``FineTune`` as the model where none is named, and errors that are raised, not printed."""
 
@@ -43,6 +52,7 @@ class MergeCLI(LightningCLI):
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
+            save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=SEED,
             subclass_mode_model=True,

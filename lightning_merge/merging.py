@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
-from lightning_merge.methods.streaming import Chain, resolve
+from lightning_merge.methods.streaming import Chain, resolve, round_to
 from lightning_merge.task_vectors import TaskVector, TaskVectors
 from lightning_merge.weights import (
     Finding,
@@ -54,7 +54,6 @@ class MergeReport:
     seconds: float = 0.0
     hashing_seconds: float = 0.0
     passes: int = 0
-    bytes_read: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
     already_there: bool = False
@@ -122,7 +121,8 @@ def merge(
     hashes = {name: sha256_of_source(source) for name, source in sources.items()}
     hashes |= {name: _sha256_of_values(task_vectors[name]) for name in computed}
     hashing_seconds = time.perf_counter() - started_hashing
-    identity = {"recipe": recipe, "sha256": hashes}
+    # A method that selects may have left models out, by a score that no recipe states.
+    identity = {"recipe": recipe, "sha256": hashes, "models": list(chosen.names)}
     recipe_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     if _already_there(output, recipe_hash) and not overwrite:
         return MergeReport(output, recipe, already_there=True, hashing_seconds=hashing_seconds)
@@ -133,6 +133,7 @@ def merge(
     is_folder = output.suffix not in {".safetensors", ".ckpt"}
     # The name carries the process, so that two merges into one place do not write into each other.
     work = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    _remove_leftovers(output)
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,6 @@ def merge(
             hashing_seconds=hashing_seconds,
             passes=chain.passes,
             models=chosen.names,
-            bytes_read=chain.passes * sum(source.nbytes for source in opened.values() if source),
             bytes_written=planned.bytes_written,
             peak_memory_bytes=peak_memory_bytes(),
             findings=task_vectors.findings,
@@ -297,6 +297,24 @@ def _check_output(output: Path, task_vectors: TaskVectors, overwrite: bool) -> N
         raise UserError(f"The output '{output}' already holds another merge. Expected a new place, or --overwrite.")
 
 
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed merges into this place have left beside it."""
+    for leftover in output.parent.glob(f"{output.name}.*.partial"):
+        process = leftover.name.removeprefix(f"{output.name}.").removesuffix(".partial")
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _record_of(output: Path) -> Path:
     """Where the provenance of a single-file output stands."""
     return output.with_name(output.name + ".merge.json")
@@ -351,7 +369,7 @@ def _pieces(chain: Chain, infos: Mapping[str, TensorInfo], on_progress: Callable
             yield written, 0, values
     done, total, last = 0, vectors.numel, 0.0
     for name, start, values in chain.run():
-        rounded = values.to(infos[name].dtype)
+        rounded = round_to(values, infos[name].dtype, name)
         for written in names[name]:
             yield written, start, rounded
         done += values.numel()

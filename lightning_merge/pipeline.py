@@ -7,6 +7,8 @@ that an interrupted run goes on where it stopped, and a failed merge costs the o
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -25,13 +27,14 @@ from lightning_merge.evaluation import ModelFacts, Results, Score, score_model, 
 from lightning_merge.merging import as_config, describe, merge
 from lightning_merge.modules.tuning import FineTuneSettings, Tuned, fine_tune, pretrain
 from lightning_merge.run_settings import MergeSettings, RunSettings, VariantSettings, add_run_arguments
-from lightning_merge.stages import Stages, is_helper, refuse_launchers, say, training
+from lightning_merge.stages import Stages, is_follower, refuse_launchers, say, training
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import WeightSource, open_weights, peak_memory_bytes, sha256_of_source
 from lightning_merge.weights.card import with_results
-from lightning_merge.weights.folder import copy_model, write_text
+from lightning_merge.weights.folder import companions_sha256, copy_model, write_text
 
 SELECTED_ON_VALIDATION = "validation labels"
+DATA_RECORD = "data.json"
 
 
 def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = False) -> int:
@@ -60,30 +63,31 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
     for task in settings.data.task_names if settings.pretrain is None else ["pretrain", *settings.data.task_names]:
         settings.data.get(task)
     source = _given_base(settings)
-    if not is_helper():
+    if not is_follower():
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "run.yaml", _rerunnable(resolved))
     stages = Stages(output / ".stages", overwrite)
 
     with training():
         _base(settings, source, output, stages)
-    if is_helper() and not stages.waiting:
+    if is_follower() and not stages.waiting:
         return 0
-    base_sha256 = sha256_of_source(open_weights(output / "base"))
+    base_sha256 = _model_sha256(output / "base")
     with training():
         tuned = _fine_tune_all(settings, output, stages, base_sha256)
-    if is_helper():
+    if is_follower():
         return 0
     facts = [_merge(settings, spec, output, stages, base_sha256, tuned) for spec in settings.merges]
     results = Results(settings.data.task_names)
     for model in _models(settings, output, tuned, facts):
         results.add(*_evaluate(settings, model, output, stages))
     _report(settings, output, results, resolved)
+    rows = {task: settings.data.fingerprint(task) for task in settings.data.task_names}
+    write_text(stages.folder / DATA_RECORD, json.dumps(rows))
     show(results)
     failed = [results.facts(name) for name in results.models if results.facts(name).error]
-    say(
-        f"{time.monotonic() - started:.0f} s, peak memory {peak_memory_bytes() / 1e6:,.0f} MB. {output / 'report.html'}"
-    )
+    peak = max(stages.peak_memory_bytes, peak_memory_bytes()) / 1e6
+    say(f"{time.monotonic() - started:.0f} s, peak memory {peak:,.0f} MB. {output / 'report.html'}")
     for model in failed:
         say(f"The merge '{model.name}' failed: {model.error}")
     return 1 if failed else 0
@@ -100,6 +104,7 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
     Raises:
         UserError: The folder is no run, or has not been evaluated yet.
     """
+    from lightning_merge.evaluation import write_plots
     from lightning_merge.parsing import build, make_parser
 
     if not (folder / "run.yaml").is_file():
@@ -107,7 +112,10 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
             f"'{folder}' is no run: it holds no run.yaml. Expected the output folder of lightning-merge run."
         )
     if not (folder / "results.json").is_file():
-        raise UserError(f"The run '{folder}' has no results yet. Finish it with lightning-merge run --output {folder}.")
+        raise UserError(
+            f"The run '{folder}' has no results yet. Finish it with lightning-merge run --config "
+            f"{folder / 'run.yaml'} --output {folder}."
+        )
     results = Results.load(folder)
     parser = make_parser("run", None)
     parser.add_argument("--config", action="config")
@@ -118,6 +126,14 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
     kept = yaml.safe_dump({key: value for key, value in resolved.items() if key in known})
     options, _ = build(parser, ["--config", kept])
     settings = RunSettings.of(options)
+    made_from = {task: settings.data.fingerprint(task) for task in settings.data.task_names} if models else {}
+    recorded = json.loads((folder / ".stages" / DATA_RECORD).read_text(encoding="utf-8")) if models else {}
+    for task in made_from:
+        if made_from[task] != recorded.get(task):
+            raise UserError(
+                f"The rows of task '{task}' are no longer those that the run '{folder}' was scored on, so that nothing "
+                "can be compared. Expected the same data; run lightning-merge run again."
+            )
     for name, reference in models.items():
         if name in {"pretrained", "individual"}:
             raise UserError(f"The model's name '{name}' is taken by a row of the run. Expected another name.")
@@ -134,6 +150,7 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         results.save(output)
+        write_plots(results, output / "plots")
     return 0
 
 
@@ -156,13 +173,19 @@ def _base(settings: RunSettings, source: WeightSource | None, output: Path, stag
     made = settings.pretrain
     if made is not None:
         inputs = {"pretrain": made, "seed": settings.seed, **_data_inputs(settings.data, "pretrain", made)}
-        work = lambda: pretrain(made, settings.data, folder, settings.seed, not is_helper())  # noqa: E731
+        work = lambda: pretrain(made, settings.data, folder, settings.seed, not is_follower())  # noqa: E731
     else:
         assert source is not None and source.folder is not None
         files, original = source.files, source.folder
-        inputs = {"base": sha256_of_source(source)}
+        inputs = {"base": _model_sha256(original, source)}
         work = lambda: copy_model(files, original, folder)  # type: ignore[assignment,return-value]  # noqa: E731
     stages.do("base", inputs, [folder / "config.json", *_weights_of(folder)], work, trains=made is not None)
+
+
+def _model_sha256(folder: Path, source: WeightSource | None = None) -> str:
+    """One hash over a model's weights, config and tokenizer."""
+    weights = sha256_of_source(source or open_weights(folder))
+    return hashlib.sha256(f"{weights}:{companions_sha256(folder)}".encode()).hexdigest()
 
 
 def _weights_of(folder: Path) -> list[Path]:
@@ -204,7 +227,7 @@ def _fine_tune_all(settings: RunSettings, output: Path, stages: Stages, base_sha
             [output / "finetuned" / name / "model.safetensors", head],
             lambda v=variant, n=name, c=changed, h=head: asdict(  # type: ignore[misc]
                 fine_tune(
-                    c, settings.data, v.task, output / "base", output / "finetuned" / n, h, v.seed, not is_helper()
+                    c, settings.data, v.task, output / "base", output / "finetuned" / n, h, v.seed, not is_follower()
                 )
             ),
             trains=True,
@@ -229,12 +252,13 @@ def _merge(
     selects = bool(spec.grid) or spec.method.needs_score
     inputs = {
         "spec": [as_config(step) for step in [*spec.transforms, spec.method]],
-        "grid": spec.grid,
-        "models": {name: tuned[name].sha256 for name in names},
+        "grid": list(spec.grid.items()),  # its order decides between equals
+        "models": {name: _model_sha256(output / "finetuned" / name) for name in names},
         "heads": _heads_sha256(settings, output),
         "base": base_sha256,
         "seed": settings.seed,
         "dev": {task: settings.data.fingerprint(task, "dev") for task in tasks} if selects else None,
+        "scored": [settings.evaluate.precision, settings.evaluate.chosen_device()] if selects else None,
     }
 
     def work() -> dict[str, Any]:
@@ -268,7 +292,7 @@ def _merge(
                 spec.name,
                 method=describe(method, transforms),  # type: ignore[arg-type]
                 parameters={"method": as_config(method), "transforms": [as_config(step) for step in transforms]},
-                selection=SELECTED_ON_VALIDATION if selects else "none",
+                selection=SELECTED_ON_VALIDATION if selects or settings.finetune.patience is not None else "none",
                 selected=chosen,
                 seed=settings.seed,
                 stored_parameters=size,
@@ -320,7 +344,7 @@ def _evaluate(settings: RunSettings, model: ModelFacts, output: Path, stages: St
         "individual": {task: output / "finetuned" / task for task in tasks},
     }.get(model.kind, dict.fromkeys(tasks, output / "merged" / model.name))
     inputs = {
-        "weights": {task: sha256_of_source(open_weights(folders[task])) for task in tasks},
+        "weights": {task: _model_sha256(folders[task]) for task in tasks},
         "heads": _heads_sha256(settings, output),
         "data": {task: settings.data.fingerprint(task) for task in tasks},
         "evaluate": settings.evaluate,
@@ -356,6 +380,11 @@ def _scores(settings: RunSettings, name: str, folder: Path, heads: Path, tasks: 
         kind = settings.data.get(task).kind
         corruptions = [c for c in map(Corruption.parse, settings.evaluate.corruptions) if c.kind == kind]
         seen = encoder.reconfigured(info.pooling, info.max_length)
+        if info.dim != seen.dim:
+            raise UserError(
+                f"Model '{name}' has features of size {seen.dim}, the head of task '{task}' takes {info.dim}. "
+                "Expected a model with the base's architecture."
+            )
         with _progress(f"evaluating {name} on {task}") as on_progress:
             scores += score_model(
                 name,

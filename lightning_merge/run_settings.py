@@ -11,7 +11,7 @@ import torch
 
 from lightning_merge.data import Corruption, TaskData
 from lightning_merge.errors import UserError, nearest, unknown
-from lightning_merge.methods import MergeMethod
+from lightning_merge.methods import MergeMethod, Transform, available_methods
 from lightning_merge.modules.tuning import FineTuneSettings, PretrainSettings
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class RunSettings:
         """Check names and grids before any stage starts.
 
         Raises:
-            UserError: No base or two, a repeated or reserved name, an unknown task, model, setting or corruption.
+            UserError: No base or two, a repeated or reserved name, an unknown task, model, setting or corruption, or
+                a merge that its method or transforms cannot do with its models.
         """
         if (self.base is None) == (self.pretrain is None):
             raise UserError("A run needs either 'base' (a pretrained model) or 'pretrain' (settings to make one).")
@@ -172,7 +173,20 @@ class RunSettings:
         for key, values in spec.grid.items():
             if not values:
                 raise UserError(f"Merge '{spec.name}': the grid's '{key}' has no values. Expected a list of them.")
-        spec.candidates()
+        chosen = spec.models or self.data.task_names
+        for _, method, transforms in spec.candidates():
+            for transform in transforms:
+                if not isinstance(transform, Transform):
+                    accepted = [name for name, kind in available_methods().items() if issubclass(kind, Transform)]
+                    raise UserError(
+                        f"Merge '{spec.name}': {type(transform).__name__} is a merge method, not a transform of task "
+                        f"vectors. Accepted transforms: {', '.join(sorted(accepted))}."
+                    )
+            for step in [*transforms, method]:
+                try:
+                    step.check_models(chosen)
+                except UserError as error:
+                    raise UserError(f"Merge '{spec.name}': {error}") from error
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:

@@ -14,7 +14,9 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_merge import __version__
 from lightning_merge.errors import UserError
+from lightning_merge.weights import peak_memory_bytes, reset_peak_memory
 from lightning_merge.weights.folder import write_text
 
 STAGE = "LIGHTNING_MERGE_STAGE"
@@ -23,8 +25,8 @@ STAGE = "LIGHTNING_MERGE_STAGE"
 class Stages:
     """Remembers which stages of a run are done, by the hash of their inputs.
 
-    Under Lightning's ``ddp`` the command is started once more for each further process, at the first fit. Such a helper
-    trains along from that stage on and writes nothing; what is done already it decides from the same records.
+    Under Lightning's ``ddp`` the command is started once more for each further process, at the first fit. Such a
+    follower trains along from that stage on and writes nothing; what is done already it decides from the same records.
 
     Args:
         folder: Where the records stand.
@@ -33,11 +35,12 @@ class Stages:
 
     def __init__(self, folder: Path, overwrite: bool) -> None:
         self.folder, self.overwrite = folder, overwrite
-        self._waiting_for = os.environ.get(STAGE) if is_helper() else None
+        self.peak_memory_bytes = 0
+        self._waiting_for = os.environ.get(STAGE) if is_follower() else None
 
     @property
     def waiting(self) -> bool:
-        """Whether this helper has not yet come to the stage that it was started in."""
+        """Whether this follower has not yet come to the stage that it was started in."""
         return self._waiting_for is not None
 
     def do(
@@ -58,13 +61,15 @@ class Stages:
             trains: Whether further processes may take part.
 
         Returns:
-            What ``work`` returned, now or then; ``None`` in a helper.
+            What ``work`` returned, now or then; ``None`` in a follower.
         """
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=_plain).encode()).hexdigest()
+        # Another version may compute something else from the same inputs.
+        known_inputs = json.dumps({"version": __version__, **inputs}, sort_keys=True, default=_plain)
+        key = hashlib.sha256(known_inputs.encode()).hexdigest()
         record = self.folder / f"{name}.json"
         known = None if self.overwrite else _read(record)
         done = known is not None and known["key"] == key and all(path.exists() for path in outputs)
-        if is_helper():
+        if is_follower():
             if name == self._waiting_for:
                 self._waiting_for = None
                 done = False
@@ -78,7 +83,10 @@ class Stages:
         record.unlink(missing_ok=True)
         if trains:
             os.environ[STAGE] = name
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes())
+        reset_peak_memory()  # what a stage reports is its own peak
         result = work()
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes())
         # Task vectors refer to each other in circles, and would keep their files mapped until Python happens to look.
         gc.collect()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +95,7 @@ class Stages:
         return json.loads(json.dumps(result, default=_plain))
 
 
-def is_helper() -> bool:
+def is_follower() -> bool:
     """Whether another process of the same run started this one to train with it."""
     return STAGE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
@@ -121,15 +129,15 @@ def training() -> Iterator[None]:
     finally:
         if not grouped and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if not is_helper():
+        if not is_follower():
             for name in set(os.environ) - set(before):
                 del os.environ[name]
             os.environ.update(before)
 
 
 def say(line: str) -> None:
-    """Print one line of progress; helpers are silent."""
-    if not is_helper():
+    """Print one line of progress; followers are silent."""
+    if not is_follower():
         print(line, file=sys.stderr, flush=True)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.errors import UserError, nearest
+from lightning_merge.errors import UserError, nearest, unknown
 from lightning_merge.evaluation.records import TEST, Score
 
 Precision = Literal["32-true", "bf16-mixed"]
@@ -49,6 +49,8 @@ def predict(
     Raises:
         UserError: no rows, or logits that are not finite (argmax would answer class 0 or worse in silence).
     """
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
     predictions, labels, indices = [], [], []
     with _evaluating([encoder, head], torch.device(device)), torch.inference_mode():
         for batch in loader:

@@ -1,4 +1,4 @@
-"""Merge methods: one published method, one file. Every class here is found by ``--method NAME``."""
+"""Merge methods: one published method, one file. A new file's classes are found here, and by ``--method NAME``."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
+from typing import Any
 
-from lightning_merge.methods.average import SimpleAverage, WeightedAverage
-from lightning_merge.methods.base import MergeMethod, ModelMerge, Step, TensorMerge, Transform
-from lightning_merge.methods.breadcrumbs import Breadcrumbs
-from lightning_merge.methods.dare import Dare
-from lightning_merge.methods.greedy_soup import GreedySoup
-from lightning_merge.methods.lwptv import LwPTV
-from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.ties import Ties
-from lightning_merge.methods.wise_ft import WiseFT
+from lightning_merge.methods.base import MergeMethod as MergeMethod
+from lightning_merge.methods.base import ModelMerge as ModelMerge
+from lightning_merge.methods.base import Step as Step
+from lightning_merge.methods.base import TensorMerge as TensorMerge
+from lightning_merge.methods.base import Transform as Transform
 
-__all__ = [
-    "Breadcrumbs",
-    "Dare",
-    "GreedySoup",
-    "LwPTV",
-    "MergeMethod",
-    "ModelMerge",
-    "SimpleAverage",
-    "Step",
-    "TaskArithmetic",
-    "TensorMerge",
-    "Ties",
-    "Transform",
-    "WeightedAverage",
-    "WiseFT",
-    "available_methods",
-]
+for _file in pkgutil.iter_modules(__path__):
+    for _name, _kind in vars(importlib.import_module(f"{__name__}.{_file.name}")).items():
+        if inspect.isclass(_kind) and issubclass(_kind, MergeMethod) and not _name.startswith("_"):
+            globals()[_name] = _kind
+
+__all__ = sorted(
+    {"MergeMethod", "ModelMerge", "Step", "TensorMerge", "Transform", "available_methods"}
+    | {name for name, kind in globals().items() if inspect.isclass(kind) and issubclass(kind, MergeMethod)}
+)
+
+
+def __getattr__(name: str) -> Any:
+    # Reached for unknown names only; tells type checkers that names are found, not listed.
+    from lightning_merge.errors import nearest
+
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'.{nearest(name, __all__)}")
 
 
 def available_methods() -> dict[str, type[MergeMethod]]:
     """Return every concrete method by name: those of this folder, and those that installed packages register."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
     for plugin in entry_points(group="lightning_merge.methods"):
         plugin.load()
     found: dict[str, type[MergeMethod]] = {}

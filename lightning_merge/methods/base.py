@@ -61,8 +61,6 @@ class Step(ABC):
     max_models: ClassVar[int | None] = None
     needs_statistics: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
-    per_matrix: ClassVar[bool] = False
-    order_matters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -94,18 +92,30 @@ class Step(ABC):
         Raises:
             UserError: A missing base, too few or too many models, or a setting for a model that is not there.
         """
-        name, count = type(self).__name__, len(task_vectors)
         if self.needs_base and task_vectors.base is None:
             raise UserError(
-                f"{name} needs a base model (task vectors are θ − θ₀), and none is given. Expected --base REF."
+                f"{type(self).__name__} needs a base model (task vectors are θ − θ₀), and none is given. "
+                "Expected --base REF."
             )
+        self.check_models(task_vectors.names)
+
+    def check_models(self, models: Sequence[str]) -> None:
+        """Check what can be told from the models' names alone, before there are any weights.
+
+        Args:
+            models: Names, in the order of the task vectors.
+
+        Raises:
+            UserError: Too few or too many models, or a setting for a model that is not there.
+        """
+        name, count = type(self).__name__, len(models)
         if count < self.min_models or (self.max_models is not None and count > self.max_models):
             most = "" if self.max_models is None else f" and at most {self.max_models}"
             raise UserError(f"{name} takes at least {self.min_models}{most} models, got {count}.")
         for spec in fields(self):
             value = getattr(self, spec.name)
             if "allowed" in spec.metadata and isinstance(value, dict):
-                per_model(f"{name}: {spec.name}", value, task_vectors.names)
+                per_model(f"{name}: {spec.name}", value, models)
 
     def begin(self, header: Header) -> Context:
         """Plan from headers."""

@@ -37,6 +37,11 @@ def layer_of(name: str, granularity: Granularity) -> str:
     return block.group(0) if block else name.rpartition(".")[0] or name
 
 
+def natural_order(name: str) -> list[str | int]:
+    """Return a key that sorts names as they are counted: ``layer.2`` before ``layer.10``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def layer_mask(
     saliency: Sequence[Sequence[float]], pruned: int, ranking: Literal["task", "global"]
 ) -> list[list[bool]]:
@@ -75,16 +80,18 @@ class LwPTV(Transform):
     Args:
         eta: Fraction of the layers pruned for each task, in [0, 1]; ⌊η L⌋ layers go, where L counts the layers that
             some task changed. 0.2 by default.
-        saliency: ``magnitude`` mean |τ|; ``distance`` mean |τ_t − mean of all τ|; ``drift`` ‖τ‖ / ‖θ₀‖; ``entry``
-            prunes the ⌊η n⌋ smallest entries inside each layer instead of whole layers.
+        saliency: ``magnitude`` mean |τ|; ``distance`` mean |τ_t − mean of all τ|, of at least two models; ``drift``
+            ‖τ‖ / ‖θ₀‖; ``entry`` prunes the ⌊η n⌋ smallest entries inside each layer instead of whole layers.
         granularity: What a layer is: ``block`` (transformer block), ``module`` (weight and bias), or ``tensor``.
         protect: Patterns of tensors that are never pruned and do not count as layers.
-        rescale: ``none``; ``inverse_keep`` multiplies what is kept by 1 / (1 − η); ``norm`` restores ‖τ_t‖.
+        rescale: ``none``; ``inverse_keep`` multiplies what is kept by 1 / (1 − η) of the setting η, though ⌊η L⌋ / L of
+            the layers went; ``norm`` restores ‖τ_t‖.
         ranking: Rank the layers of each ``task`` by themselves (the paper's mask for each task), or all together
             (``global``: ⌊η L T⌋ pairs go).
 
     Raises:
-        UserError: ``inverse_keep`` with η = 1, or ``norm`` with ``entry``.
+        UserError: ``inverse_keep`` with η = 1, ``norm`` with ``entry``, ``distance`` with one model, or a pattern that
+            is no regular expression.
 
     Cost: one measuring pass over the base and the models (``entry`` samples first, and may break ties after).
     Reference: Merging Smarter, Generalizing Better, 2025, arXiv 2506.09093; see the module's note on the saliency.
@@ -113,6 +120,14 @@ class LwPTV(Transform):
         super().__post_init__()
         if isinstance(self.protect, str):
             raise UserError(f"LwPTV: protect must be a list of patterns, got '{self.protect}'.")
+        for pattern in self.protect:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise UserError(
+                    f"LwPTV: the pattern '{pattern}' to protect is no regular expression ({error}). "
+                    "Expected one such as 'embeddings' or 'layer[.]0[.]'."
+                ) from error
         if self.rescale == "inverse_keep" and self.eta == 1:
             raise UserError("LwPTV: rescale inverse_keep divides by 1 - eta, and eta is 1. Expected eta below 1.")
         if self.rescale == "norm" and self.saliency == "entry":
@@ -124,6 +139,15 @@ class LwPTV(Transform):
     def reach(self) -> Literal["tensor", "model"]:
         """Layers are ranked over the model; entries inside one tensor need no more than that tensor."""
         return "tensor" if self.saliency == "entry" and self.granularity == "tensor" else "model"
+
+    def check_models(self, models: Sequence[str]) -> None:
+        """Check the models, and that there is a mean to be distant from."""
+        super().check_models(models)
+        if self.saliency == "distance" and len(models) < 2:
+            raise UserError(
+                f"LwPTV: saliency distance compares each task vector with the mean of all and takes at least 2 models, "
+                f"got {len(models)}. Expected more models, or saliency magnitude, drift or entry."
+            )
 
     def begin(self, header: Header) -> Context:
         """Group the tensors into layers."""
@@ -168,7 +192,7 @@ class LwPTV(Transform):
         if context.entries is not None:
             entries = context.entries.conclude(partial)
             return _Layers(complete=entries.complete, entries=entries, sizes=context.sizes)
-        layers = sorted(context.sizes)
+        layers = sorted(context.sizes, key=natural_order)  # equal scores are pruned in this order
         square = _totals(partial, "square", layers)
         # Layers that fine-tuning left alone (frozen embeddings, an unused pooler) are no part of any task vector.
         # Counted, they would be pruned first, and eta would do nothing.

@@ -202,6 +202,21 @@ def resolve(
     return [*transforms, method], task_vectors
 
 
+def round_to(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Round merged values once, into the dtype they are kept in.
+
+    Raises:
+        UserError: A value lies beyond what fp16 holds.
+    """
+    rounded = values.to(dtype)
+    if dtype == torch.float16 and not rounded.isfinite().all():
+        raise UserError(
+            f"Tensor '{name}' overflows float16 when merged (up to {values.abs().max():.3g}). "
+            "Expected --dtype bfloat16 or float32, or a smaller scale."
+        )
+    return rounded
+
+
 def merge_in_memory(
     method: MergeMethod,
     task_vectors: TaskVectors,
@@ -222,6 +237,6 @@ def merge_in_memory(
             values = chosen.unmerged(name)
             merged[name] = values.to(dtype) if floating else values
     for name, start, values in Chain(steps, chosen, seed).run():
-        merged[name][start : start + values.numel()] = values
+        merged[name][start : start + values.numel()] = round_to(values, merged[name].dtype, name)
     shaped = {name: values.reshape(chosen.shape(name)) for name, values in merged.items()}
     return chosen.with_tied_names(shaped)

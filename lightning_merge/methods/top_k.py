@@ -1,10 +1,11 @@
 """The exact largest entries of task vectors without sorting them, over any number of tensors, streamed.
 
-The magnitude pattern of an fp32 number orders like an integer. A small sample brackets the threshold; one pass counts
-what lies above the bracket and collects the few entries inside it, among which the threshold is exact. Where the sample
-misled, or too much lies inside, two passes count instead: the upper 16 bits of all patterns, then the lower 15 bits in
-the bucket that holds the threshold. Where several entries equal the threshold and only some may stay, a last pass
-counts them by grid block, and the first in order of (tensor name, flat index) stay.
+The magnitude pattern of an fp32 number orders like an integer (fp64 differences are ranked after rounding to fp32). A
+small sample brackets the threshold; one pass counts what lies above the bracket and collects the few entries inside,
+among which the threshold is exact. Where the sample misled, or too much lies inside (few distinct magnitudes, as
+between bf16 models), two passes count instead: the upper 16 bits of all patterns, then the lower 15 bits in the bucket
+that holds the threshold. Where several entries equal the threshold and only some may stay, a last pass counts them by
+grid block, and the first in order of (tensor name, flat index) stay.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ _HIGH_SIZE = 1 << 16
 # One above the pattern of infinity: no number reaches it.
 _ABOVE_INFINITY = 0x7F800001
 
-
 # Entries of each task and group that the sample aims at; the bracket then holds about 1 % of all entries.
 _SAMPLE = 1 << 18
 # How far the bracket reaches to both sides of the wanted rank, in standard deviations of the sample's rank.
@@ -43,7 +43,7 @@ class _Threshold:
 
     count: int  # entries in the group
     ranks: Tensor  # (R,) how many entries are wanted
-    bracket: list[list[tuple[int, int]]] | None = None  # (T, R) patterns that surely enclose it, as [low, high)
+    bracket: list[list[tuple[int, int] | None]] | None = None  # (T, R) patterns that surely enclose it, as [low, high)
     bucket: Tensor | None = None  # (T, R) upper bits of the threshold
     above: Tensor | None = None  # (T, R) entries in higher buckets
     bits: Tensor | None = None  # (T, R) the threshold's whole pattern
@@ -101,7 +101,9 @@ class LargestEntries(Context):
             _magnitude_bits_into(patterns, row)
             if self.stage == "collect":
                 assert threshold.bracket is not None
-                for rank, (low, high) in enumerate(threshold.bracket[task]):
+                for rank, bracket in enumerate(threshold.bracket[task]):
+                    assert bracket is not None
+                    low, high = bracket
                     reached = patterns >= low
                     over = patterns >= high
                     partial[(key, task, rank, "above")] = over.sum()
@@ -121,7 +123,7 @@ class LargestEntries(Context):
             for key, threshold in self.groups.items():
                 if threshold.count:
                     threshold.bracket = [_bracket(threshold, partial[(key, task)]) for task in range(tasks)]
-            # One group whose bracket is too wide sends all to the counting passes: rare, and then they are cheap.
+            # One group whose bracket is too wide sends all to the counting passes.
             wide = any(None in row for t in self.groups.values() for row in t.bracket or [])
             self.stage = "upper bits" if wide else "collect"
             return self
@@ -144,14 +146,13 @@ class LargestEntries(Context):
                     counts = [torch.stack([partial[(key, task, rank)] for rank in ranks]) for task in range(tasks)]
                     _find_bits(threshold, torch.stack(counts))
             return self._after("ties")
-        for key, threshold in self.groups.items():
-            if not threshold.tied or threshold.equal_kept is None:
-                continue
-            before = torch.zeros_like(threshold.equal_kept)
-            at = [where for where in partial if self.group(where[0]) == key]  # type: ignore[index]
-            for where in sorted(at):  # type: ignore[type-var]
-                threshold.equal_before[where] = (before.tolist(), partial[where])  # type: ignore[index]
-                before = before + torch.tensor(partial[where])
+        before: dict[Hashable, Tensor] = {}
+        for where in sorted(partial):  # type: ignore[type-var]
+            key = self.group(where[0])  # type: ignore[index]
+            here = torch.tensor(partial[where])
+            earlier = before.get(key, torch.zeros_like(here))
+            self.groups[key].equal_before[where] = (earlier.tolist(), partial[where])  # type: ignore[index]
+            before[key] = earlier + here
         self.complete = True
         return self
 
@@ -233,10 +234,10 @@ def _magnitude_bits_into(patterns: Tensor, row: Tensor) -> None:
     torch.bitwise_and(row.to(torch.float32).view(torch.int32), 0x7FFFFFFF, out=patterns)
 
 
-def _bracket(threshold: _Threshold, sample: bytearray) -> list[tuple[int, int]]:
+def _bracket(threshold: _Threshold, sample: bytearray) -> list[tuple[int, int] | None]:
     """Enclose each wanted rank between two patterns of a sample; ``None`` where that would enclose too much."""
     ordered = np.sort(np.frombuffer(sample, dtype=np.int32))[::-1]
-    brackets: list[Any] = []
+    brackets: list[tuple[int, int] | None] = []
     for rank in threshold.ranks.tolist():
         share = rank / threshold.count
         reach = _DEVIATIONS * math.sqrt(max(share * (1 - share) * len(ordered), 1.0)) + 2
@@ -255,7 +256,9 @@ def _find_in_bracket(threshold: _Threshold, key: Hashable, partial: Partial) -> 
     assert threshold.bracket is not None
     bits, kept, tied = [], [], False
     for task, brackets in enumerate(threshold.bracket):
-        for rank, (low, _) in enumerate(brackets):
+        for rank, bracket in enumerate(brackets):
+            assert bracket is not None
+            low = bracket[0]
             wanted = int(threshold.ranks[rank]) - int(partial[(key, task, rank, "above")])
             inside = np.frombuffer(partial[(key, task, rank)], dtype=np.int32)
             if int(threshold.ranks[rank]) == 0:

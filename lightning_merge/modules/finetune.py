@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.modules.encoder import Encoder
-from lightning_merge.modules.folder import BASE_SHA256, base_sha256, write_weights
+from lightning_merge.modules.folder import BASE_SHA256, base_sha256, remove_weights, write_card, write_weights
 from lightning_merge.modules.heads import (
     ClassEmbeddingHead,
     HeadKind,
@@ -335,7 +335,8 @@ class FineTune(L.LightningModule):
 
         Tensor names and dtypes are those of the base's files, config and tokenizer files are its copies, and the
         metadata of ``model.safetensors`` holds ``base_sha256`` and ``task``. LoRA updates are merged into the weights.
-        The weights are written last, so a folder that has them is complete. This module is not changed.
+        Earlier weights are removed first and the new ones written last, so a folder that has them is complete. A
+        licence that the base's card states is stated again. This module is not changed.
 
         Args:
             folder: where to write; made if absent.
@@ -355,7 +356,9 @@ class FineTune(L.LightningModule):
         if target.resolve() == self.base_folder.resolve():
             raise UserError(f"FineTune.export: '{target}' is the base's own folder. Give another one.")
         digest = base_sha256(self.base_folder)
+        remove_weights(target)
         copy_companions(self.base_folder, target)
+        write_card(self.base_folder, target, name)
         save_head(
             self.head,
             head_path if head_path is not None else target / "heads" / f"{name}.safetensors",

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.weights import open_weights, resolve_path, save_safetensors, sha256_of_source
+from lightning_merge.weights.card import stated_license
+from lightning_merge.weights.folder import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 BASE_SHA256 = "base_sha256"
+_CARD_OF_OURS = "with lightning_merge, from a base under the licence above."
 
 
 @contextlib.contextmanager
@@ -105,13 +108,31 @@ def write_weights(backbone: PreTrainedModel, base: Path, path: Path, metadata: M
         save_safetensors(tensors, path, metadata)
 
 
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of an earlier export, so that the folder counts as incomplete until there are new ones."""
+    for path in [folder / WEIGHTS, *folder.glob(f"{WEIGHTS}.index.json"), *folder.glob("model-*-of-*.safetensors")]:
+        path.unlink(missing_ok=True)
+
+
+def write_card(base: Path, folder: Path, task: str) -> None:
+    """Let a fine-tuned folder state its base's licence, so that the card of a merge can; someone's own card stays.
+
+    Args:
+        base: the folder of the pretrained model; where its card states no licence, none is written.
+        folder: the fine-tuned model's.
+        task: what it learned.
+    """
+    card = folder / "README.md"
+    if card.is_file() and _CARD_OF_OURS not in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    license = stated_license(base)
+    if license is None:
+        card.unlink(missing_ok=True)
+        return
+    write_text(card, f"---\nlicense: {license}\n---\n\n# {task}\n\nFine-tuned on {task} {_CARD_OF_OURS}\n")
+
+
 def _existing_parent(path: Path) -> Path:
     """Create and return the folder a file will be in, so that temporary files are on the same disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a model folder, under the names its files use; memory-mapped."""
-    source = open_weights(folder)
-    return {name: source.read(name) for name in source.tensors}

@@ -8,20 +8,22 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.errors import UserError, nearest, unknown
 from lightning_merge.modules.encoder import build_vit
 from lightning_merge.modules.finetune import FineTune
+from lightning_merge.modules.lora import LoraSettings
 from lightning_merge.weights import open_weights, peak_memory_bytes, sha256_of_source
 
 if TYPE_CHECKING:
@@ -29,6 +31,17 @@ if TYPE_CHECKING:
 
 # Each process holds the whole model; others would have to gather it before it can be written.
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+# Lightning names those it takes in private only.
+PRECISIONS = (
+    "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine",
+    "transformer-engine-float16", "32", "16", "bf16", "64",
+)  # fmt: skip
+# Arguments of the Trainer that are settings of their own, and where.
+RESERVED = {
+    "max_epochs": "Set {where}.max_epochs.",
+    "precision": "Set {where}.precision.",
+    "callbacks": "Set {where}.patience for early stopping; other callbacks go through lightning-merge fit.",
+}
 
 
 @dataclass
@@ -42,7 +55,8 @@ class FineTuneSettings:
         patience: Stop after so many epochs without a better validation accuracy and keep the best; ``null`` keeps the
             last and never looks at validation rows.
         trainer: Further arguments of Lightning's Trainer, such as ``accelerator``, ``devices`` (by default one) and
-            ``strategy`` (one of ``auto``, ``ddp``, ``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
+            ``strategy`` (one of ``auto``, ``ddp``, ``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``); not ``max_epochs``,
+            ``precision`` and ``callbacks``.
     """
 
     module: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +64,8 @@ class FineTuneSettings:
     precision: str = "32-true"
     patience: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
+
+    place: ClassVar[str] = "finetune"
 
     def check(self, where: str = "finetune") -> None:
         """Refuse settings that FineTune or the Trainer do not know, and strategies that scatter the weights.
@@ -60,14 +76,24 @@ class FineTuneSettings:
         Raises:
             UserError: An unknown name, with the nearest spelling, or a number out of range.
         """
+        for name in self.trainer:
+            if name in RESERVED:
+                raise UserError(f"{where}.trainer.{name} cannot be set here. {RESERVED[name].format(where=where)}")
         for what, given, kind in (("module", self.module, FineTune), ("trainer", self.trainer, L.Trainer)):
-            known = [name for name in inspect.signature(kind.__init__).parameters if name not in {"self", "base"}]
+            taken = {"self", "base", *RESERVED}
+            known = [name for name in inspect.signature(kind.__init__).parameters if name not in taken]
             for name in given:
                 if name not in known:
                     raise UserError(
                         f"{where}.{what}: {kind.__name__} has no setting '{name}'. "
                         f"Known: {', '.join(known)}.{nearest(name, known)}"
                     )
+        _check_lora(self.module.get("lora"), f"{where}.module.lora")
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"{where}.precision '{self.precision}' is unknown. Accepted: {', '.join(PRECISIONS)}."
+                f"{nearest(str(self.precision), PRECISIONS)}"
+            )
         if self.max_epochs < 1:
             raise UserError(f"{where}.max_epochs must be at least 1, got {self.max_epochs}.")
         if self.patience is not None and self.patience < 1:
@@ -97,6 +123,8 @@ class PretrainSettings(FineTuneSettings):
 
     vit: dict[str, int] = field(default_factory=dict)
 
+    place: ClassVar[str] = "pretrain"
+
     def check(self, where: str = "pretrain") -> None:
         """Refuse what FineTune, the Trainer or the vision transformer do not know; see FineTuneSettings."""
         super().check(where)
@@ -104,6 +132,24 @@ class PretrainSettings(FineTuneSettings):
         for name in self.vit:
             if name not in known:
                 raise unknown(f"setting of {where}.vit", name, known)
+
+
+def _check_lora(given: Any, where: str) -> None:
+    """Refuse what LoraSettings does not take."""
+    if given is None or isinstance(given, LoraSettings):
+        return
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} must be a mapping such as '{{rank: 8}}', or null, got {given!r}.")
+    known = [spec.name for spec in fields(LoraSettings)]
+    for name in given:
+        if name not in known:
+            raise unknown(f"setting of {where}", str(name), known)
+    try:
+        LoraSettings(**given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except TypeError as error:  # text where a number belongs
+        raise UserError(f"{where} has a value of the wrong type ({error}). Expected {LoraSettings()}.") from error
 
 
 @dataclass
@@ -141,6 +187,9 @@ def fine_tune(
         writes: Whether this process writes; not so in those that only train along.
 
     The caller's random state is neither read nor moved.
+
+    Raises:
+        UserError: The Trainer cannot be made as asked, or patience is set and no validation took place.
     """
     started = time.monotonic()
     checkpoints = folder.with_name(folder.name + ".checkpoints")
@@ -163,24 +212,16 @@ def fine_tune(
         classes = {"labels": list(data.get(task).labels), "label_texts": data.get(task).label_texts}
         given = settings.module if "labels" in settings.module else {**classes, **settings.module}
         module = FineTune(str(base), **{"seed": seed, **given})
-        trainer = L.Trainer(
-            max_epochs=settings.max_epochs,
-            callbacks=callbacks,
-            **{
-                "devices": 1,
-                "precision": settings.precision,
-                "logger": False,
-                "enable_checkpointing": settings.patience is not None,
-                "enable_model_summary": False,
-                "enable_progress_bar": sys.stderr.isatty(),
-                "limit_val_batches": 1.0 if settings.patience is not None else 0,
-                "num_sanity_val_steps": 0,
-                **settings.trainer,
-            },
-        )
+        trainer = _trainer(settings, callbacks)
         trainer.fit(module, datamodule=data)
         accuracy = None
         if settings.patience is not None and writes:
+            if not best.best_model_path:
+                raise UserError(
+                    f"{settings.place}.patience is {settings.patience}, but training on '{task}' ended before any "
+                    f"validation. Expected patience: null, or settings in {settings.place}.trainer that reach one "
+                    "(max_steps, max_time, check_val_every_n_epoch, val_check_interval, limit_val_batches)."
+                )
             # Of the checkpoint's attributes only its path comes back from spawned processes.
             accuracy = float(Path(best.best_model_path).stem.split("-")[0])
             saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -200,15 +241,44 @@ def fine_tune(
 def pretrain(
     settings: PretrainSettings, data: TaskData, folder: Path, seed: int, writes: bool = True
 ) -> dict[str, Any]:
-    """Make a base: a small vision transformer with seeded weights, trained on the data's ``pretrain`` task."""
+    """Make a base: a small vision transformer with seeded weights, trained on the data's ``pretrain`` task.
+
+    What stood in its folder is removed first: files of another base would be taken for its own.
+    """
     start = folder.with_name(folder.name + ".untrained")
     if writes:
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(start, ignore_errors=True)
         build_vit(**{"seed": seed, **settings.vit}).save_pretrained(start)
     tuned = fine_tune(settings, data, "pretrain", start, folder, start / "head.safetensors", seed, writes)
     if writes:
         shutil.rmtree(start)
     return {"seconds": tuned.seconds, "validation_accuracy": tuned.validation_accuracy}
+
+
+def _trainer(settings: FineTuneSettings, callbacks: list[L.Callback]) -> L.Trainer:
+    """Make Lightning's Trainer; what it refuses is a setting of the user's."""
+    options: dict[str, Any] = {
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": settings.patience is not None,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "limit_val_batches": 1.0 if settings.patience is not None else 0,
+        "num_sanity_val_steps": 0,
+        **settings.trainer,
+        "max_epochs": settings.max_epochs,
+        "precision": settings.precision,
+        "callbacks": callbacks,
+    }
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"Lightning's Trainer refuses {settings.place}.trainer {settings.trainer} with precision "
+            f"{settings.precision}: {told}. Expected what this machine and Lightning {L.__version__} can do."
+        ) from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Tensors in and out of files and modules: opened lazily, checked from headers, written whole or not at all."""
 
 from lightning_merge.weights.compatibility import Finding, find_incompatibilities
-from lightning_merge.weights.memory import peak_memory_bytes
+from lightning_merge.weights.memory import peak_memory_bytes, reset_peak_memory
 from lightning_merge.weights.source import (
     MemorySource,
     SafetensorsSource,
@@ -26,6 +26,7 @@ __all__ = [
     "open_weights",
     "peak_memory_bytes",
     "read_checkpoint",
+    "reset_peak_memory",
     "resolve_path",
     "save_safetensors",
     "sha256_of_file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,10 +11,27 @@ from pathlib import Path
 
 import torch
 
+from lightning_merge.weights.source import sha256_of_file
+
 # Configs, vocabularies, chat templates and sentence-piece models; never weights, code or pickles.
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
-OURS = {"merge.json", "merge.yaml", "model.safetensors.index.json", "finetuned.json"}
+OURS = {"merge.json", "merge.yaml"}
 LARGEST_COMPANION = 64 << 20
+
+
+def _companions(folder: Path) -> list[Path]:
+    """Everything of a model's folder that is neither weights nor ours nor too large to be a config or vocabulary."""
+    # Sentence encoders keep their pooling in a folder of its own.
+    found = sorted([*folder.glob("*"), *folder.glob("*_Pooling/config.json")])
+    return [
+        path
+        for path in found
+        if path.is_file()
+        and path.suffix in COMPANION_SUFFIXES
+        and path.name not in OURS
+        and not path.name.endswith(".index.json")  # shards of weights that do not come along
+        and path.stat().st_size <= LARGEST_COMPANION
+    ]
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
@@ -29,15 +47,11 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     """
     copied = []
     target.mkdir(parents=True, exist_ok=True)
-    # Sentence encoders keep their pooling in a folder of its own.
-    for path in sorted([*source.glob("*"), *source.glob("*_Pooling/config.json")]):
-        wanted = path.is_file() and path.suffix in COMPANION_SUFFIXES and path.name not in OURS
-        wanted = wanted and not path.name.endswith(".index.json")  # shards of weights that do not come along
-        if wanted and path.stat().st_size <= LARGEST_COMPANION:
-            place = target / path.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
-            copied.append(str(path.relative_to(source)))
+    for path in _companions(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+        copied.append(str(path.relative_to(source)))
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -45,6 +59,14 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
         content.update({key: name for key in ("dtype", "torch_dtype") if key in content})
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return copied
+
+
+def companions_sha256(folder: Path) -> str:
+    """Return one sha256 over the config, tokenizer and processor files of a model's folder."""
+    digest = hashlib.sha256()
+    for path in _companions(folder):
+        digest.update(f"{path.relative_to(folder)}:{sha256_of_file(path)};".encode())
+    return digest.hexdigest()
 
 
 def copy_model(files: Sequence[Path], source: Path, target: Path) -> list[str]:

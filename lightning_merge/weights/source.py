@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from lightning_merge.errors import UserError
 from lightning_merge.weights.tensor_info import TensorInfo, read_safetensors_header
 
-WeightReference = "str | Path | nn.Module | Mapping[str, Tensor] | WeightSource"
-
 ACCEPTED = (
     "Accepted: a Hugging Face folder (config.json beside model.safetensors or its shards), a .safetensors file, "
     "a Lightning .ckpt or another file of torch.save that loads with weights_only=True, "
