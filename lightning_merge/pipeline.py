@@ -34,7 +34,8 @@ from lightning_merge.weights.card import with_results
 from lightning_merge.weights.folder import companions_sha256, copy_model, write_text
 
 SELECTED_ON_VALIDATION = "validation labels"
-DATA_RECORD = "data.json"
+# The fingerprints of the rows that were scored.
+DATA_RECORD = ".rows.json"
 
 
 def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = False) -> int:
@@ -82,8 +83,10 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
     for model in _models(settings, output, tuned, facts):
         results.add(*_evaluate(settings, model, output, stages))
     _report(settings, output, results, resolved)
-    rows = {task: settings.data.fingerprint(task) for task in settings.data.task_names}
-    write_text(stages.folder / DATA_RECORD, json.dumps(rows))
+    rows = json.dumps({task: settings.data.fingerprint(task) for task in settings.data.task_names})
+    record = output / DATA_RECORD
+    if not record.is_file() or record.read_text(encoding="utf-8") != rows:
+        write_text(record, rows)
     show(results)
     failed = [results.facts(name) for name in results.models if results.facts(name).error]
     peak = max(stages.peak_memory_bytes, peak_memory_bytes()) / 1e6
@@ -127,7 +130,7 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
     options, _ = build(parser, ["--config", kept])
     settings = RunSettings.of(options)
     made_from = {task: settings.data.fingerprint(task) for task in settings.data.task_names} if models else {}
-    recorded = json.loads((folder / ".stages" / DATA_RECORD).read_text(encoding="utf-8")) if models else {}
+    recorded = json.loads((folder / DATA_RECORD).read_text(encoding="utf-8")) if models else {}
     for task in made_from:
         if made_from[task] != recorded.get(task):
             raise UserError(

@@ -23,7 +23,7 @@ from lightning_merge import pipeline
 from lightning_merge.cli import main
 from lightning_merge.data import Digits, Task
 from lightning_merge.evaluation import Results
-from lightning_merge.methods import SimpleAverage
+from lightning_merge.methods import SimpleAverage, WeightedAverage
 
 MERGES: list[dict[str, Any]] = [
     {"name": "average", "method": "SimpleAverage"},
@@ -70,6 +70,20 @@ class Poisoned(SimpleAverage):
 
     def apply(self, view: Any, context: Any) -> torch.Tensor:
         return super().apply(view, context) * float("nan")
+
+
+class Unusable(WeightedAverage):
+    """A method that fails on every candidate of its grid."""
+
+    def apply(self, view: Any, context: Any) -> torch.Tensor:
+        raise RuntimeError("not today")
+
+
+class Pair(SimpleAverage):
+    """A method for two models, no more and no fewer."""
+
+    min_models = 2
+    max_models = 2
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -297,7 +311,7 @@ def test_merging_asks_for_validation_rows_only(copied: Path, monkeypatch: pytest
 def test_a_failing_merge_leaves_the_others(copied: Path, poisoned: str, capsys: pytest.CaptureFixture[str]) -> None:
     broken: dict[str, Any] = {"name": "broken", "method": f"{__name__}.Poisoned"}
     if poisoned == "score":
-        broken = {"name": "broken", "method": "WeightedAverage", "grid": {"method.weights": [{"nobody": 1.0}]}}
+        broken = {"name": "broken", "method": f"{__name__}.Unusable", "grid": {"method.normalize": [True]}}
     assert run(write(copied.parent, merges=[*MERGES, broken]), copied) == 1
     results = Results.load(copied)
     assert set(results.models) == {*ROWS, "broken"}
@@ -319,6 +333,25 @@ def test_a_failing_merge_leaves_the_others(copied: Path, poisoned: str, capsys: 
         ({"merges": [{"name": "a", "method": "SoupOf", "models": ["upright"]}]}, "Unknown method 'SoupOf'"),
         ({"merges": [{"name": "a", "method": "Ties", "models": ["uprigt"]}]}, "Did you mean 'upright'?"),
         ({"merges": [{"name": "a", "method": "Ties"}, {"name": "a", "method": "Ties"}]}, "each name once"),
+        ({"merges": [{"name": "a", "method": "Ties", "transforms": ["SimpleAverage"]}]}, "not a transform"),
+        (
+            {"merges": [{"name": "a", "method": "WeightedAverage", "grid": {"method.weights": [{"uprigt": 1.0}]}}]},
+            "Did you mean 'upright'?",
+        ),
+        ({"merges": [{"name": "a", "method": f"{__name__}.Pair", "models": ["upright"]}]}, "Merge 'a': Pair takes"),
+        (
+            {
+                "merges": [
+                    {
+                        "name": "a",
+                        "method": "Ties",
+                        "models": ["upright"],
+                        "transforms": ["Dare", {"class_path": "LwPTV", "init_args": {"saliency": "distance"}}],
+                    }
+                ]
+            },
+            "at least 2 models, got 1",
+        ),
         ({"merges": [{"name": "individual", "method": "Ties"}]}, "'individual'"),
         ({"merges": [{"name": "a/b", "method": "Ties"}]}, "a/b"),
         ({"data": {"class_path": "Digits", "init_args": {"tasks": ["uprigt"]}}}, "Did you mean 'upright'?"),
@@ -326,6 +359,16 @@ def test_a_failing_merge_leaves_the_others(copied: Path, poisoned: str, capsys: 
         ({"finetune": {"module": {"learning_rat": 1.0}}}, "Did you mean 'learning_rate'?"),
         ({"finetune": {"trainer": {"max_step": 1}}}, "Did you mean 'max_steps'?"),
         ({"finetune": {"trainer": {"strategy": "fsdp"}}}, "strategy 'fsdp'"),
+        ({"finetune": {"trainer": {"max_epochs": 1}}}, "Set finetune.max_epochs."),
+        ({"finetune": {"trainer": {"precision": "bf16-mixed"}}}, "Set finetune.precision."),
+        ({"finetune": {"trainer": {"callbacks": []}}}, "Set finetune.patience"),
+        ({"pretrain": {"trainer": {"max_epochs": 1}}}, "Set pretrain.max_epochs."),
+        ({"finetune": {"precision": "bf16-mixd"}}, "Did you mean 'bf16-mixed'?"),
+        ({"finetune": {"module": {"lora": {"rnk": 2}}}}, "Did you mean 'rank'?"),
+        ({"finetune": {"module": {"lora": {"rank": 0}}}}, "finetune.module.lora: LoraSettings: rank must be"),
+        ({"finetune": {"module": {"lora": {"rank": "big"}}}}, "finetune.module.lora has a value of the wrong type"),
+        ({"finetune": {"module": {"lora": 8}}}, "finetune.module.lora must be a mapping"),
+        ({"variants": {"x": {"task": "upright", "module": {"lora": {"rnk": 2}}}}}, "variants.x.module.lora"),
         ({"finetune": {"max_epochs": 0}}, "max_epochs must be at least 1"),
         ({"pretrain": {"vit": {"hiden_size": 3}}}, "Did you mean 'hidden_size'?"),
         ({"pretrain": None}, "either 'base'"),

@@ -205,7 +205,8 @@ def fine_tune(
         save_weights_only=True,
     )
     if settings.patience is not None:
-        callbacks = [EarlyStopping("val_accuracy", mode="max", patience=settings.patience), best]
+        # Not strict: where no validation took place, that is said below, in words of these settings.
+        callbacks = [EarlyStopping("val_accuracy", mode="max", patience=settings.patience, strict=False), best]
     with isolate_rng(), quiet_lightning(), _single_task(data, task, seed):
         torch.manual_seed(seed)
         # Said here, for what spawned processes read of the data does not come back with the weights.
@@ -305,6 +306,8 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*on_before_batch_transfer.*")
             warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+            warnings.filterwarnings("ignore", "Early stopping conditioned on metric.*")
+            warnings.filterwarnings("ignore", ".*could not find the monitored key.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

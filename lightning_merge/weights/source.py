@@ -239,11 +239,11 @@ def resolve_path(ref: str | Path) -> Path:
 
 
 def _snapshot(ref: str) -> Path:
-    """Fetch ``owner/name[@revision]`` from the Hub (weights, config and tokenizer only, never code or pickles)."""
+    """Fetch ``owner/name[@revision]`` from the Hub (weights, config, tokenizer and card; never code or pickles)."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = ref.partition("@")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]  # the card states the licence
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds: offline, unknown repository, gated, ...

@@ -81,6 +81,16 @@ def test_weights_that_sum_to_zero_are_refused(two: TaskVectors) -> None:
     change(WeightedAverage(weights={"A": 1, "B": -1}, normalize=False)(two), fp64(TAU_A) - fp64(TAU_B) - fp64(BASE))
 
 
+def test_weights_whose_sum_is_only_rounding_are_refused() -> None:
+    """0.1 + 0.2 − 0.3 is 5.6e-17; divided by it, the average would be of the order of 1e16."""
+    vectors = TaskVectors.open(models={name: {"w": torch.ones(2)} for name in "abc"}, check=False)
+    assert 0.1 + 0.2 - 0.3 != 0
+    with pytest.raises(UserError, match="weights sum to 0"):
+        WeightedAverage(weights={"a": 0.1, "b": 0.2, "c": -0.3})(vectors)
+    small = WeightedAverage(weights={"a": 1e-12, "b": 2e-12, "c": 1e-12})(vectors)["w"]
+    torch.testing.assert_close(small, torch.ones(2))
+
+
 def test_settings_by_model_name_must_name_the_models(two: TaskVectors) -> None:
     with pytest.raises(UserError, match=r"scale names the model 'a'.*Known: A, B"):
         TaskArithmetic(scale={"a": 1.0, "B": 1.0})(two)
@@ -291,6 +301,29 @@ def test_lwptv_distance_is_the_same_for_both_of_two_tasks(layers: TaskVectors) -
         assert kept_layers(layers, transform, "A") == kept_layers(layers, transform, "B") == expected
 
 
+def test_lwptv_distance_takes_two_models() -> None:
+    """A single model is its own mean: all scores would be 0, and the first layers would go."""
+    vectors = opened({"w": fp64([1.0])}, {"a": {"w": fp64([0.5])}})
+    with pytest.raises(UserError, match=r"saliency distance .* at least 2 models, got 1"):
+        TaskArithmetic()(vectors, transforms=[LwPTV(saliency="distance")])
+    TaskArithmetic()(vectors, transforms=[LwPTV(saliency="drift")])
+
+
+def test_lwptv_refuses_a_pattern_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"the pattern '\(' to protect is no regular expression"):
+        LwPTV(protect=["bias", "("])
+    with pytest.raises(UserError, match=r"the pattern '3' to protect"):
+        LwPTV(protect=[3])  # type: ignore[list-item]
+
+
+def test_lwptv_prunes_equal_layers_as_they_are_counted() -> None:
+    """As text, layer 10 comes before layer 2."""
+    names = [f"layer.{number}.weight" for number in range(12)]
+    vectors = opened({name: fp64([1.0]) for name in names}, {"a": {name: fp64([0.5]) for name in names}})
+    merged = TaskArithmetic(scale=1)(vectors, transforms=[LwPTV(eta=0.25)])
+    assert [name for name in names if torch.equal(merged[name], fp64([1.0]))] == names[:3]
+
+
 def test_lwptv_drift_is_relative_to_the_base() -> None:
     """The layer that moves most in absolute terms moves least for its size; one that was 0 has drifted most."""
     base = {"l0": fp64([100.0, 0.0]), "l1": fp64([0.3, 0.4]), "l2": fp64([0.0, 0.0])}
@@ -462,11 +495,11 @@ def test_lwptv_leaves_empty_tensors_aside() -> None:
     tau = {"a": torch.zeros(0, 3), "b": torch.ones(2), "c": torch.full((2,), 2.0)}
     for saliency in (*SALIENCIES, "entry"):
         transform = LwPTV(eta=0.5, saliency=saliency, granularity="tensor")
-        merged = TaskArithmetic(scale=1)(opened(base, {"t": tau}), transforms=[transform])
+        still = {name: 0 * value for name, value in tau.items()}
+        merged = TaskArithmetic(scale=1)(opened(base, {"t": tau, "still": still}), transforms=[transform])
         assert merged["a"].shape == (0, 3)
         expected = [1.0, 0.0, 2.0, 0.0] if saliency == "entry" else [0.0, 0.0, 2.0, 2.0]
-        if saliency != "distance":  # with one task every layer equals the mean
-            assert [*merged["b"].tolist(), *merged["c"].tolist()] == expected
+        assert [*merged["b"].tolist(), *merged["c"].tolist()] == expected
 
 
 # --- greedy soup ----------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_what_cannot_be_a_base_is_refused(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(UserError, match=r"is truncated"):
         Encoder.from_pretrained(bert)
     (bert / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no safetensors weights"):
+    with pytest.raises(UserError, match=r"holds no model.safetensors"):
         Encoder.from_pretrained(bert)
 
 

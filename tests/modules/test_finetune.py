@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import numpy as np
@@ -25,6 +25,15 @@ from lightning_merge.modules import (
     load_head,
 )
 from lightning_merge.modules.finetune import WarmupDecay
+from lightning_merge.modules.tuning import (
+    PRECISIONS,
+    FineTuneSettings,
+    PretrainSettings,
+    Tuned,
+    fine_tune,
+    pretrain,
+)
+from lightning_merge.weights.card import stated_license
 
 
 @dataclass
@@ -257,6 +266,39 @@ def test_an_export_has_the_names_dtypes_and_hash_of_its_base(bert: Path, vit: Pa
         assert info.base_sha256 == base_sha256(base) and info.pooling == module.encoder.pooling
 
 
+def test_an_export_that_is_stopped_never_looks_complete(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out = FineTune(str(bert), labels=["bad", "good"]), tmp_path / "out"
+    module.export(out, task="mood")
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (out / name).write_text("{}")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_merge.modules.finetune.write_weights", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.export(out, task="mood")
+    assert not [path.name for path in out.iterdir() if "model" in path.name and path.name != "config.json"]
+    assert (out / "heads" / "mood.safetensors").is_file()
+
+
+def test_an_export_states_the_licence_of_its_base(bert: Path, tmp_path: Path) -> None:
+    module, out = FineTune(str(bert), labels=["bad", "good"]), tmp_path / "out"
+    module.export(out, task="mood")
+    assert not (out / "README.md").exists()
+    (bert / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    module.export(out, task="mood")
+    assert stated_license(out) == "apache-2.0" and "# Base" not in (out / "README.md").read_text()
+    (bert / "README.md").write_text("# Base\n")
+    module.export(out, task="mood")
+    assert stated_license(out) is None  # not that of an earlier base
+    (out / "README.md").write_text("my own words")
+    module.export(out, task="mood")
+    assert (out / "README.md").read_text() == "my own words"
+
+
 def test_transformers_loads_an_export_with_equal_weights(bert: Path, vit: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -421,6 +463,52 @@ def test_two_processes_equal_one(bert: Path, tmp_path: Path, head: Any) -> None:
     assert single.head is not None and double.head is not None
     torch.testing.assert_close(double.head.weight, single.head.weight, atol=1e-5, rtol=0)
     assert same_weights(Encoder.from_pretrained(tmp_path / "out").state_dict(), double.encoder.state_dict())
+
+
+# --- the stages of a run ----------------------------------------------------------------------------------------
+
+
+def tune(bert: Path, folder: Path, **settings: Any) -> Tuned:
+    data = TinyData()
+    data.seed = 0  # type: ignore[attr-defined]
+    made = FineTuneSettings(module={"labels": ["bad", "good"]}, **settings)
+    made.check()
+    return fine_tune(made, data, "mood", bert, folder / "out", folder / "head.safetensors", 0)  # type: ignore[arg-type]
+
+
+def test_patience_without_a_validation_is_refused_by_name(bert: Path, tmp_path: Path) -> None:
+    assert tune(bert, tmp_path / "a", patience=1).validation_accuracy is not None
+    for trainer in ({"max_steps": 1}, {"check_val_every_n_epoch": 3}, {"limit_val_batches": 0}):
+        with pytest.raises(UserError, match=r"finetune.patience is 1, but training on 'mood' ended before any"):
+            tune(bert, tmp_path / "b", patience=1, trainer={**trainer, "accelerator": "cpu"})
+
+
+@pytest.mark.parametrize("trainer", [{"accelerator": "tpu"}, {"accelerator": "gpus"}, {"devices": 0}])
+def test_what_the_trainer_refuses_is_a_setting(bert: Path, tmp_path: Path, trainer: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"Trainer refuses finetune.trainer .*(tpu|gpus|devices)"):
+        tune(bert, tmp_path, trainer=trainer)
+
+
+def test_the_known_precisions_are_lightnings() -> None:
+    from lightning.fabric import connector
+
+    known = {*get_args(connector._PRECISION_INPUT_STR), *get_args(connector._PRECISION_INPUT_STR_ALIAS)}
+    assert set(PRECISIONS) == known
+
+
+def test_pretraining_clears_an_earlier_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards and a tokenizer of another base would be read as the new one's."""
+    base, seen = tmp_path / "base", []
+    base.mkdir()
+    (base / "model.safetensors.index.json").write_text("{}")
+
+    def watched(*arguments: Any) -> Tuned:
+        seen.append(base.exists())
+        return Tuned("pretrain", "", 0, 0.0, 0)
+
+    monkeypatch.setattr("lightning_merge.modules.tuning.fine_tune", watched)
+    pretrain(PretrainSettings(vit={"image_size": 8, "hidden_size": 8, "heads": 2}), TinyData(), base, 0)  # type: ignore[arg-type]
+    assert seen == [False]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
