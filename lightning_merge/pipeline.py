@@ -35,7 +35,7 @@ from lightning_merge.weights.folder import companions_sha256, copy_model, write_
 
 SELECTED_ON_VALIDATION = "validation labels"
 # The fingerprints of the rows that were scored.
-DATA_RECORD = ".rows.json"
+DATA_RECORD = ".stages/scored_rows"
 
 
 def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = False) -> int:
