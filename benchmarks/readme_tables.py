@@ -31,7 +31,7 @@ def main() -> None:
         picture = ROOT / "benchmarks" / "quickstart_tasks.png"
         shutil.copyfile(run / "plots" / "tasks.png", picture)
         table = (run / "results.md").read_text(encoding="utf-8")
-        table = re.sub(r"^#+ .*\n", "", table, count=1) if table.startswith("#") else table
+        table = re.sub(r"^## ", "### ", table.strip(), flags=re.MULTILINE)
         shown = f"{table}\n\n![Accuracy of each model on each task](benchmarks/quickstart_tasks.png)"
         text = fill(text, "quickstart", shown)
     readme.write_text(text, encoding="utf-8")

@@ -122,4 +122,5 @@ def model_card(
 
 def with_results(card: str, results: str) -> str:
     """Return a card whose last section holds these results, in place of earlier ones."""
-    return card.partition("\n## Results\n")[0].rstrip() + "\n\n## Results\n\n" + results.strip() + "\n"
+    below = re.sub(r"^## ", "### ", results.strip(), flags=re.MULTILINE)
+    return card.partition("\n## Results\n")[0].rstrip() + "\n\n## Results\n\n" + below + "\n"
