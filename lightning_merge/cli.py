@@ -252,7 +252,8 @@ DEFAULT_OUTPUT = "runs/run"
 def _run(arguments: Sequence[str]) -> int:
     """Fine-tune, merge, evaluate and report. Stages whose inputs have not changed are not done again."""
     from lightning_merge.parsing import build, make_parser
-    from lightning_merge.pipeline import RunSettings, add_run_arguments, run
+    from lightning_merge.pipeline import run
+    from lightning_merge.run_settings import RunSettings, add_run_arguments
 
     parser = make_parser("run", _run.__doc__)
     parser.add_argument("--config", action="config", help=f"the run's YAML; {QUICKSTART} where it stands")
@@ -282,7 +283,7 @@ def _output_of(arguments: Sequence[str]) -> Path:
 def _evaluate(arguments: Sequence[str]) -> int:
     """Score the models of a run, and others over its base, on its tasks and with its heads; print the table."""
     from lightning_merge.parsing import build, make_parser
-    from lightning_merge.pipeline import evaluate_run
+    from lightning_merge.scoring import evaluate_run
 
     parser = make_parser("evaluate", _evaluate.__doc__)
     parser.add_argument("--config", action="config", help="a YAML with any of these options")

@@ -6,15 +6,12 @@ that an interrupted run goes on where it stopped, and a failed merge costs the o
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,11 @@ from torch import Tensor
 
 from lightning_merge.data import TaskData
 from lightning_merge.errors import UserError
-from lightning_merge.evaluation import ModelFacts, Results, Score, score_model, show, task_vector_statistics
+from lightning_merge.evaluation import ModelFacts, Results, Score, show, task_vector_statistics
 from lightning_merge.merging import as_config, describe, merge
 from lightning_merge.modules.tuning import FineTuneSettings, Tuned, fine_tune, pretrain
-from lightning_merge.run_settings import MergeSettings, RunSettings, VariantSettings, add_run_arguments
+from lightning_merge.run_settings import MergeSettings, RunSettings, VariantSettings
+from lightning_merge.scoring import DATA_RECORD, dev_accuracy, folder_scores, head_path
 from lightning_merge.stages import Stages, is_follower, refuse_launchers, say, training
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import WeightSource, open_weights, peak_memory_bytes, sha256_of_source
@@ -34,8 +32,6 @@ from lightning_merge.weights.card import with_results
 from lightning_merge.weights.folder import companions_sha256, copy_model, write_text
 
 SELECTED_ON_VALIDATION = "validation labels"
-# The fingerprints of the rows that were scored.
-DATA_RECORD = ".stages/scored_rows"
 
 
 def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = False) -> int:
@@ -94,67 +90,6 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
     for model in failed:
         say(f"The merge '{model.name}' failed: {model.error}")
     return 1 if failed else 0
-
-
-def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -> int:
-    """Score the models of a run, and further ones over its base, and print the table.
-
-    Args:
-        folder: A run's folder.
-        models: Further models by name: folders with the base's architecture.
-        output: Where ``results.*`` go, or nowhere.
-
-    Raises:
-        UserError: The folder is no run, or has not been evaluated yet.
-    """
-    from lightning_merge.evaluation import write_plots
-    from lightning_merge.parsing import build, make_parser
-
-    if not (folder / "run.yaml").is_file():
-        raise UserError(
-            f"'{folder}' is no run: it holds no run.yaml. Expected the output folder of lightning-merge run."
-        )
-    if not (folder / "results.json").is_file():
-        raise UserError(
-            f"The run '{folder}' has no results yet. Finish it with lightning-merge run --config "
-            f"{folder / 'run.yaml'} --output {folder}."
-        )
-    results = Results.load(folder)
-    parser = make_parser("run", None)
-    parser.add_argument("--config", action="config")
-    add_run_arguments(parser)
-    # run.yaml is the resolved form: every key of it is an option.
-    known = {spec.name for spec in fields(RunSettings)}
-    resolved = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    kept = yaml.safe_dump({key: value for key, value in resolved.items() if key in known})
-    options, _ = build(parser, ["--config", kept])
-    settings = RunSettings.of(options)
-    made_from = {task: settings.data.fingerprint(task) for task in settings.data.task_names} if models else {}
-    recorded = json.loads((folder / DATA_RECORD).read_text(encoding="utf-8")) if models else {}
-    for task in made_from:
-        if made_from[task] != recorded.get(task):
-            raise UserError(
-                f"The rows of task '{task}' are no longer those that the run '{folder}' was scored on, so that nothing "
-                "can be compared. Expected the same data; run lightning-merge run again."
-            )
-    for name, reference in models.items():
-        if name in {"pretrained", "individual"}:
-            raise UserError(f"The model's name '{name}' is taken by a row of the run. Expected another name.")
-        started = time.monotonic()
-        source = open_weights(reference)
-        if source.folder is None:
-            raise UserError(
-                f"Model '{name}' ({reference}) is no Hugging Face folder. Expected config.json beside weights."
-            )
-        facts = ModelFacts(name, stored_parameters=source.numel, active_parameters=source.numel, method="given")
-        scores = _scores(settings, name, source.folder, folder / "heads", settings.data.task_names)
-        results.add(replace(facts, seconds=time.monotonic() - started), scores, replace=True)
-    show(results)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        results.save(output)
-        write_plots(results, output / "plots")
-    return 0
 
 
 # --- stages -------------------------------------------------------------------------------------------------------
@@ -216,7 +151,7 @@ def _fine_tune_all(settings: RunSettings, output: Path, stages: Stages, base_sha
             module={"seed": settings.seed, **settings.finetune.module, **variant.module},
             max_epochs=variant.max_epochs or settings.finetune.max_epochs,
         )
-        head = _head(output, variant.task)
+        head = head_path(output, variant.task)
         if name != variant.task:
             head = output / "finetuned" / name / "heads" / f"{variant.task}.safetensors"
         result = stages.do(
@@ -269,7 +204,7 @@ def _merge(
         vectors = TaskVectors.open(output / "base", {name: output / "finetuned" / name for name in names})
 
         def score(state_dict: Mapping[str, Tensor]) -> float:
-            return _dev_accuracy(settings, output, tasks, state_dict)
+            return dev_accuracy(settings, output, tasks, state_dict)
 
         chosen, method, transforms = spec.candidates()[0]
         if spec.grid:
@@ -286,7 +221,7 @@ def _merge(
         )  # fmt: skip
         (folder / "heads").mkdir()
         for task in settings.data.task_names:
-            shutil.copyfile(_head(output, task), folder / "heads" / f"{task}.safetensors")
+            shutil.copyfile(head_path(output, task), folder / "heads" / f"{task}.safetensors")
         if len(report.models) < len(names):
             chosen = {**chosen, "models": " + ".join(report.models)}
         size = vectors.template.numel
@@ -357,7 +292,7 @@ def _evaluate(settings: RunSettings, model: ModelFacts, output: Path, stages: St
         scores: list[Score] = []
         for folder in dict.fromkeys(folders.values()):
             own = [task for task in tasks if folders[task] == folder]
-            scores += _scores(settings, model.name, folder, output / "heads", own)
+            scores += folder_scores(settings, model.name, folder, output / "heads", own)
         one = Results(tasks)
         one.add(ModelFacts(model.name, kind=model.kind), scores)
         return one.to_json()
@@ -369,56 +304,6 @@ def _evaluate(settings: RunSettings, model: ModelFacts, output: Path, stages: St
             raise
         say(f"evaluate-{model.name} failed: {error}")
         return replace(model, error=str(error)), []
-
-
-def _scores(settings: RunSettings, name: str, folder: Path, heads: Path, tasks: list[str]) -> list[Score]:
-    """Score the weights of one folder on some tasks: test rows, out-of-domain sets, corruptions."""
-    from lightning_merge.data import Corruption
-    from lightning_merge.modules import Encoder, load_head
-
-    scores: list[Score] = []
-    encoder = Encoder.from_pretrained(folder)
-    for task in tasks:
-        head, info = load_head(heads / f"{task}.safetensors")
-        kind = settings.data.get(task).kind
-        corruptions = [c for c in map(Corruption.parse, settings.evaluate.corruptions) if c.kind == kind]
-        seen = encoder.reconfigured(info.pooling, info.max_length)
-        if info.dim != seen.dim:
-            raise UserError(
-                f"Model '{name}' has features of size {seen.dim}, the head of task '{task}' takes {info.dim}. "
-                "Expected a model with the base's architecture."
-            )
-        with _progress(f"evaluating {name} on {task}") as on_progress:
-            scores += score_model(
-                name,
-                seen,
-                {task: head},
-                settings.data,
-                [task],
-                corruptions,
-                on_progress,
-                device=settings.evaluate.chosen_device(),
-                precision=settings.evaluate.precision,
-            )
-    return scores
-
-
-def _dev_accuracy(settings: RunSettings, output: Path, tasks: list[str], state_dict: Mapping[str, Tensor]) -> float:
-    """Return the mean over tasks of the accuracy on validation rows."""
-    from lightning_merge.evaluation import predict
-    from lightning_merge.modules import Encoder, load_head
-
-    encoder = Encoder.from_pretrained(output / "base", tensors=dict(state_dict))
-    total = 0.0
-    for task in tasks:
-        head, info = load_head(_head(output, task))
-        seen = encoder.reconfigured(info.pooling, info.max_length)
-        rows = settings.data.loader(task, "dev")
-        predictions, labels = predict(seen, head, rows, settings.evaluate.chosen_device(), settings.evaluate.precision)
-        total += float((predictions == labels).mean())
-    del encoder, seen
-    gc.collect()  # a candidate's weights go before the next one is made
-    return total / len(tasks)
 
 
 def _report(settings: RunSettings, output: Path, results: Results, resolved: str) -> None:
@@ -440,24 +325,8 @@ def _report(settings: RunSettings, output: Path, results: Results, resolved: str
 # --- small parts --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str, str, int, int], None] | None]:
-    """A spinner with the data set at hand, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what) as status:
-        yield lambda task, dataset, done, total: status.update(f"{what}: {dataset} ({done}/{total})")
-
-
-def _head(output: Path, task: str) -> Path:
-    return output / "heads" / f"{task}.safetensors"
-
-
 def _heads_sha256(settings: RunSettings, output: Path) -> dict[str, str]:
-    return {task: sha256_of_source(open_weights(_head(output, task))) for task in settings.data.task_names}
+    return {task: sha256_of_source(open_weights(head_path(output, task))) for task in settings.data.task_names}
 
 
 def _rerunnable(resolved: str) -> str:
