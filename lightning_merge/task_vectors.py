@@ -8,102 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError, unknown
+from lightning_merge.tensor_view import CHUNK, TensorView, add_delta, block_sums
 from lightning_merge.weights import Finding, TensorInfo, WeightSource, find_incompatibilities, open_weights
 from lightning_merge.weights.compatibility import counterpart, ignored
 
-# Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
-GRID = 1 << 16
-# Entries of one tensor handled at once: a few MiB a model.
-CHUNK = 4 * GRID
-
 Read = Callable[[str, int, int], Tensor]  # (tensor name, start, stop) -> flat values
-
-
-class TensorView:
-    """A piece of one tensor in the base and in all T models, as merge kernels see it; each part is made when asked for.
-
-    Attributes:
-        name: The tensor's name.
-        start: First flat index of the piece.
-        stop: One past its last flat index.
-        info: Shape and dtype of the whole tensor.
-        models: Names of the T models in sorted order, the order of the first axis below.
-    """
-
-    def __init__(self, space: TaskVectors, name: str, start: int, stop: int) -> None:
-        self.name, self.start, self.stop = name, start, stop
-        self.info = space.info(name)
-        self.models = space.names
-        self._space = space
-        self._deltas: Tensor | None = None
-        self._original: TensorView | None = None
-
-    @cached_property
-    def base(self) -> Tensor:
-        """θ₀, flat ``(n,)`` in the computing dtype."""
-        return self._space.read_base(self.name, self.start, self.stop)
-
-    @cached_property
-    def finetuned(self) -> Tensor:
-        """θ_t, ``(T, n)`` in the computing dtype; as stored wherever no transform changed the task vectors."""
-        if self._deltas is not None:
-            original = self.original
-            kept = self._deltas == original.deltas
-            return torch.where(kept, original.finetuned, add_delta(self.base, self._deltas))
-        return torch.stack(
-            [self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models]
-        )
-
-    @cached_property
-    def deltas(self) -> Tensor:
-        """τ_t, ``(T, n)`` in the computing dtype."""
-        if self._deltas is not None:
-            return self._deltas
-        out = torch.empty(len(self.models), self.stop - self.start, dtype=self._space.compute_dtype(self.name))
-        for row, model in zip(out, self.models, strict=True):
-            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
-        return out
-
-    def delta_rows(self) -> Iterator[Tensor]:
-        """Yield τ_t, ``(n,)``, one model after another; a row is valid until the next one is asked for."""
-        if self._deltas is not None or "deltas" in self.__dict__:
-            yield from self.deltas
-            return
-        row = torch.empty(self.stop - self.start, dtype=self._space.compute_dtype(self.name))
-        for model in self.models:
-            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
-            yield row
-
-    def sampled_deltas(self, stride: int) -> Iterator[Tensor]:
-        """Yield every ``stride``-th entry of τ_t, one model after another."""
-        if self._deltas is not None:
-            yield from self._deltas[:, ::stride]
-        else:
-            for model in self.models:
-                yield self._space.sample_delta(model, self.name, self.start, self.stop, stride)
-
-    @property
-    def original(self) -> TensorView:
-        """The piece as the models have it, before any transform."""
-        return self if self._original is None else self._original
-
-    def with_deltas(self, deltas: Tensor) -> TensorView:
-        """Return the same piece with other task vectors ``(T, n)``."""
-        view = TensorView(self._space, self.name, self.start, self.stop)
-        if "base" in self.__dict__:
-            view.__dict__["base"] = self.base
-        view._deltas, view._original = deltas, self.original
-        return view
-
-    def __repr__(self) -> str:
-        return f"TensorView('{self.name}', {self.start}:{self.stop}, models={self.models})"
 
 
 class TaskVector:
@@ -456,17 +371,3 @@ class TaskVectors(Mapping[str, TaskVector]):
             else:
                 merged.append(name)
         return tuple(merged), tuple(averaged), tuple(copied)
-
-
-def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """Return θ₀ + δ, and the base's own entry where δ is 0: adding +0 would turn a −0 of the base into +0."""
-    return torch.where(delta == 0, base, base + delta)
-
-
-def block_sums(values: Tensor) -> list[float]:
-    """Sum flat fp64 values over each grid block of 2¹⁶; ``math.fsum`` over blocks is then exact in any order."""
-    array = values.numpy()
-    whole = len(array) // GRID * GRID
-    # numpy sums in one thread and a fixed order, so that the number of threads never changes a bit.
-    sums = array[:whole].reshape(-1, GRID).sum(axis=1).tolist()
-    return sums + ([float(array[whole:].sum())] if whole < len(array) else [])

@@ -15,7 +15,7 @@ import yaml
 from model_files import as_option, listing, nudged, run_python, save_bert, save_finetuned, save_three, weights
 from safetensors.torch import load_file
 
-from lightning_merge import TaskVectors, merge, task_vectors
+from lightning_merge import TaskVectors, merge, tensor_view
 from lightning_merge.cli import main
 from lightning_merge.errors import UserError
 from lightning_merge.methods import (
@@ -424,7 +424,7 @@ def test_neither_threads_nor_chunks_nor_the_order_of_models_change_a_byte(
         merge(method, TaskVectors.open(base, listed), out, transforms)
         results.append(out.read_bytes())
     chunks = TaskVectors.chunks
-    monkeypatch.setattr(TaskVectors, "chunks", lambda self, name, size=task_vectors.GRID: chunks(self, name, size))
+    monkeypatch.setattr(TaskVectors, "chunks", lambda self, name, size=tensor_view.GRID: chunks(self, name, size))
     merge(method, TaskVectors.open(base, models), tmp_path / "chunks.safetensors", transforms)
     assert results[0] == results[1] == (tmp_path / "chunks.safetensors").read_bytes()
 
@@ -465,9 +465,9 @@ def test_pieces_are_let_go_as_the_merge_goes_on(
     vectors = TaskVectors.open(base, {name: nudged(base, seed) for seed, name in enumerate("ab")})
     alive: set[int] = set()
     lock, made, most = threading.Lock(), 0, 0
-    begin = task_vectors.TensorView.__init__
+    begin = tensor_view.TensorView.__init__
 
-    def counting(self: task_vectors.TensorView, *at: Any) -> None:
+    def counting(self: tensor_view.TensorView, *at: Any) -> None:
         nonlocal made, most
         begin(self, *at)
         with lock:
@@ -476,7 +476,7 @@ def test_pieces_are_let_go_as_the_merge_goes_on(
             most = max(most, len(alive))
         weakref.finalize(self, alive.discard, id(self))
 
-    monkeypatch.setattr(task_vectors.TensorView, "__init__", counting)
+    monkeypatch.setattr(tensor_view.TensorView, "__init__", counting)
     monkeypatch.setattr(streaming_module.os, "cpu_count", lambda: 2)
     merge(method, vectors, tmp_path / "out.safetensors", transforms)
     assert made >= 60 * (len(transforms) + 1)

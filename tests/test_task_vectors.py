@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_merge import TaskVectors
 from lightning_merge.errors import UserError
 from lightning_merge.methods import SimpleAverage, TaskArithmetic, WeightedAverage
-from lightning_merge.task_vectors import GRID, TaskVector, block_sums
+from lightning_merge.task_vectors import TaskVector
+from lightning_merge.tensor_view import GRID, block_sums
 
 State = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, ordered_sum, per_model
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.tensor_view import TensorView
 
 
 def weighted_average(finetuned: Tensor, weights: Sequence[float]) -> Tensor:

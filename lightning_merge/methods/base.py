@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError, nearest
-from lightning_merge.task_vectors import TaskVectors, TensorView, add_delta
+from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.tensor_view import TensorView, add_delta
 from lightning_merge.weights import TensorInfo
 
 # What measuring a piece yields; tensors with the same key are added, over chunks, threads and ranks alike. What belongs

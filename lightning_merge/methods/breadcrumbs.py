@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count
 from lightning_merge.methods.top_k import LargestEntries
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.tensor_view import TensorView
 
 
 @dataclass(frozen=True)

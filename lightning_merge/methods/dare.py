@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, Header, Transform, hyperparameter
 from lightning_merge.methods.random import keep_mask
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.tensor_view import TensorView
 
 
 def drop_and_rescale(delta: Tensor, keep: Tensor, drop_rate: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import Context, Header, Partial, Transform, hyperparameter, kept_count, ordered_sum
 from lightning_merge.methods.top_k import LargestEntries
-from lightning_merge.task_vectors import TensorView, block_sums
+from lightning_merge.tensor_view import TensorView, block_sums
 from lightning_merge.weights import TensorInfo
 
 Granularity = Literal["block", "module", "tensor"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.task_vectors import GRID
+from lightning_merge.tensor_view import GRID
 
 
 def keep_mask(probability: float, seed: int, model: str, tensor: str, start: int, stop: int) -> Tensor:

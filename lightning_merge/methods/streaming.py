@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import Context, Header, MergeMethod, ModelMerge, Partial, Step, Transform
-from lightning_merge.task_vectors import TaskVectors, TensorView
+from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.tensor_view import TensorView
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, per_model, take_selected
-from lightning_merge.task_vectors import TensorView, add_delta
+from lightning_merge.tensor_view import TensorView, add_delta
 
 
 def combine(deltas: Tensor, coefficients: Sequence[float]) -> Tensor:

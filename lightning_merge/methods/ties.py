@@ -22,7 +22,7 @@ from lightning_merge.methods.base import (
     take_selected,
 )
 from lightning_merge.methods.top_k import LargestEntries
-from lightning_merge.task_vectors import TensorView, add_delta
+from lightning_merge.tensor_view import TensorView, add_delta
 
 
 def elect_sign(deltas: Tensor, majority: float = 0.0) -> Tensor:

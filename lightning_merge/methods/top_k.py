@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.methods.base import Context, Partial
-from lightning_merge.task_vectors import GRID, TensorView
+from lightning_merge.tensor_view import GRID, TensorView
 from lightning_merge.weights import TensorInfo
 
 _LOW_BITS = 15

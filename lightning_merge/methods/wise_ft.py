@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.average import weighted_average
 from lightning_merge.methods.base import TensorMerge, hyperparameter, ordered_sum
-from lightning_merge.task_vectors import TensorView
+from lightning_merge.tensor_view import TensorView
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_merge import TaskVectors
 from lightning_merge.errors import UserError
 from lightning_merge.methods import MergeMethod, SimpleAverage, TaskArithmetic, Ties, Transform, WiseFT
 from lightning_merge.methods.streaming import Chain, resolve
-from lightning_merge.task_vectors import GRID
+from lightning_merge.tensor_view import GRID
 
 State = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]  # tensor name -> fp64 values

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_merge import TaskVectors
 from lightning_merge.methods import Dare, TaskArithmetic, Ties
 from lightning_merge.methods.random import keep_mask
-from lightning_merge.task_vectors import GRID
+from lightning_merge.tensor_view import GRID
 
 ENTRIES = 2 * GRID + 4321
 

@@ -15,7 +15,7 @@ from lightning_merge.methods import Breadcrumbs, TaskArithmetic, Ties, top_k
 from lightning_merge.methods.base import Partial
 from lightning_merge.methods.streaming import add_partial
 from lightning_merge.methods.top_k import LargestEntries, magnitude_bits
-from lightning_merge.task_vectors import GRID
+from lightning_merge.tensor_view import GRID
 from lightning_merge.weights import TensorInfo
 
 State = dict[str, Tensor]
