@@ -17,9 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_method_table_is_the_generated_one() -> None:
     shown = re.search(r"<!-- methods:begin -->\n(.*?)<!-- methods:end -->", README, re.DOTALL)
     assert shown is not None
-    assert shown.group(1).strip() == method_markdown(available_methods()).strip(), (
-        "run: python benchmarks/readme_tables.py"
-    )
+    # Other tests define methods of their own, and those are found too.
+    ours = {name: kind for name, kind in available_methods().items() if kind.__module__.startswith("lightning_merge.")}
+    assert shown.group(1).strip() == method_markdown(ours).strip(), "run: python benchmarks/readme_tables.py"
 
 
 def test_its_verbs_and_configs_exist() -> None:
