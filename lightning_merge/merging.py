@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_merge.errors import UserError, unknown
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
 from lightning_merge.methods.streaming import Chain, resolve, round_to
+from lightning_merge.recipe import COMPUTED, describe, resolved_recipe
 from lightning_merge.task_vectors import TaskVector, TaskVectors
 from lightning_merge.weights import (
     Finding,
@@ -41,8 +42,6 @@ from lightning_merge.weights.folder import copy_companions, replace_folder, writ
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SECONDS_BETWEEN_REPORTS = 0.1
-# What a recipe names in place of a file where algebra in Python made the task vector: such a merge cannot be read back.
-COMPUTED = "(a task vector computed in Python)"
 
 
 @dataclass(frozen=True)
@@ -179,48 +178,6 @@ def merge(
             raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
         raise
     return report
-
-
-def resolved_recipe(
-    method: MergeMethod,
-    task_vectors: TaskVectors,
-    transforms: Sequence[Transform],
-    seed: int,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Return the whole recipe as plain data, in the form that ``lightning-merge merge --config`` reads."""
-    sources = [source for source in [task_vectors.base, *task_vectors.models.values()] if source]
-    return {
-        "method": as_config(method),
-        "transforms": [as_config(step) for step in transforms],
-        "base": task_vectors.base.label if task_vectors.base else None,
-        "models": {
-            name: COMPUTED if vector.finetuned is None else task_vectors.models[name].label
-            for name, vector in task_vectors.items()
-        },
-        "ignore": list(task_vectors.ignore),
-        "prefix": next((source.prefix for source in sources if source.prefix), ""),
-        "batch_norm": task_vectors.batch_norm,
-        "seed": seed,
-        "dtype": str(dtype).removeprefix("torch.") if dtype else None,
-    }
-
-
-def as_config(step: Step) -> dict[str, Any]:
-    """Return a method or transform as ``{class_path, init_args}``."""
-    values = {spec.name: getattr(step, spec.name) for spec in fields(step)} if is_dataclass(step) else {}
-    kind = type(step)
-    ours = kind.__module__.startswith("lightning_merge.methods.")
-    return {"class_path": kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}", "init_args": values}
-
-
-def describe(method: MergeMethod, transforms: Sequence[Transform] = ()) -> str:
-    """Return a merge in one line: ``LwPTV(eta=0.2, ...) → TaskArithmetic(scale=0.3)``."""
-    parts = []
-    for step in [*transforms, method]:
-        settings = ", ".join(f"{name}={value}" for name, value in as_config(step)["init_args"].items())
-        parts.append(f"{type(step).__name__}({settings})")
-    return " → ".join(parts)
 
 
 def card_text(

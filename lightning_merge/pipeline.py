@@ -21,8 +21,9 @@ from torch import Tensor
 from lightning_merge.data import TaskData
 from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts, Results, Score, show, task_vector_statistics
-from lightning_merge.merging import as_config, describe, merge
+from lightning_merge.merging import merge
 from lightning_merge.modules.tuning import FineTuneSettings, Tuned, fine_tune, pretrain
+from lightning_merge.recipe import as_config, describe
 from lightning_merge.run_settings import MergeSettings, RunSettings, VariantSettings
 from lightning_merge.scoring import DATA_RECORD, dev_accuracy, folder_scores, head_path
 from lightning_merge.stages import Stages, is_follower, refuse_launchers, say, training
