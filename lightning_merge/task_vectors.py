@@ -270,6 +270,18 @@ class TaskVectors(Mapping[str, TaskVector]):
         for start in range(0, numel, size):
             yield start, min(start + size, numel)
 
+    def row_chunks(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield flat ranges of whole rows (slices along the first axis), about as long as the chunks."""
+        info = self.info(name)
+        row = info.numel // info.shape[0] if info.shape and info.shape[0] else info.numel
+        stops = [stop for _, stop in self.chunks(name)]
+        start = 0
+        for stop in stops:
+            end = info.numel if stop == info.numel or not row else max(start + row, stop // row * row)
+            if stop > start:
+                yield start, end
+                start = end
+
     def view(self, name: str, start: int = 0, stop: int | None = None) -> TensorView:
         """Return a piece of a tensor in all models."""
         return TensorView(self, name, start, self.info(name).numel if stop is None else stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class TensorView:
         stop: One past its last flat index.
         info: Shape and dtype of the whole tensor.
         models: Names of the T models in sorted order, the order of the first axis below.
+        merged: For a refinement, what the method before it made of the piece, flat ``(n,)``.
     """
 
     def __init__(self, space: TaskVectors, name: str, start: int, stop: int) -> None:
@@ -34,6 +36,7 @@ class TensorView:
         self.info = space.info(name)
         self.models = space.names
         self._space = space
+        self.merged: Tensor | None = None
         self._deltas: Tensor | None = None
         self._original: TensorView | None = None
 
@@ -93,6 +96,22 @@ class TensorView:
             view.__dict__["base"] = self.base
         view._deltas, view._original = deltas, self.original
         return view
+
+    def with_merged(self, merged: Tensor) -> TensorView:
+        """Return the same piece with what a method has made of it, ``(n,)``."""
+        view = copy(self)
+        view.merged = merged
+        return view
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the piece: whole rows where it holds some, else flat."""
+        row = self.info.numel // self.info.shape[0] if self.info.shape and self.info.shape[0] else 0
+        if self.stop - self.start == self.info.numel:
+            return self.info.shape
+        if row and self.start % row == 0 and self.stop % row == 0:
+            return ((self.stop - self.start) // row, *self.info.shape[1:])
+        return (self.stop - self.start,)
 
     def __repr__(self) -> str:
         return f"TensorView('{self.name}', {self.start}:{self.stop}, models={self.models})"

@@ -22,8 +22,10 @@ from lightning_merge.weights import TensorInfo
 # to one grid block is a list under a key of its own: thousands of small tensors that stay would cut the freed buffers
 # of later pieces into holes too small to use again (measured: 20 bytes for each parameter of the model).
 Partial = dict[Hashable, Any]
-# A number for all models, or one for each by name.
-PerModel = float | dict[str, float]
+# A number for all models, or one for each by name; either may vary over the tensors, see methods/schedule.py.
+PerModel = float | dict[str, Any] | list[Any]
+# A number, or one that varies over the tensors.
+PerTensor = float | list[Any]
 
 
 def hyperparameter(default: Any, allowed: str) -> Any:
@@ -81,6 +83,11 @@ class Step(ABC):
     def reach(self) -> Literal["tensor", "model"]:
         """Over what one measuring pass goes."""
         return "tensor"
+
+    @property
+    def layout(self) -> Literal["pieces", "rows", "tensor"]:
+        """What a view must hold: any piece, whole rows (slices along the first axis), or the whole tensor."""
+        return "pieces"
 
     @property
     def elementwise(self) -> bool:
@@ -192,6 +199,16 @@ class ModelMerge(MergeMethod):
 @dataclass(frozen=True)
 class Transform(MergeMethod):
     """A change of task vectors before they are merged; used as a method, it means task arithmetic after it."""
+
+
+@dataclass(frozen=True)
+class Refinement(TensorMerge):
+    """A correction of what another method has merged: ``apply`` finds its result in ``view.merged``.
+
+    A concrete refinement has a field ``method``, the merge it corrects; transforms go before that.
+    """
+
+    method: MergeMethod
 
 
 def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:

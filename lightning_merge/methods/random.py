@@ -22,7 +22,7 @@ def keep_mask(probability: float, seed: int, model: str, tensor: str, start: int
         seed: The merge's seed.
         model: The model's name.
         tensor: The tensor's name.
-        start: A multiple of 2¹⁶, the grid on which streams begin.
+        start: First index; streams begin on a grid of 2¹⁶.
         stop: One past the last index.
 
     Returns:
@@ -32,21 +32,37 @@ def keep_mask(probability: float, seed: int, model: str, tensor: str, start: int
     """
     threshold, remainder = divmod(round(probability * (1 << 32)), 1 << 16)
     blocks = []
-    for block_start in range(start, stop, GRID):
-        count = min(GRID, stop - block_start)
-        words = _words(seed, model, tensor, block_start // GRID, 2 * count)
-        first, second = words[:count], words[count:]
+    for block in range(start // GRID, -(-stop // GRID)):
+        here = slice(max(start - block * GRID, 0), min(stop - block * GRID, GRID))
+        first = _words(seed, model, tensor, block, here.stop)[here]
         keep = first < threshold
         undecided = first == threshold
-        keep[undecided] = second[undecided] < remainder
+        if undecided.any():
+            keep[undecided] = _words(seed, model, tensor, block, here.stop, plane=1)[here][undecided] < remainder
         blocks.append(keep)
     return torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool))
 
 
-def _words(seed: int, model: str, tensor: str, block: int, count: int) -> np.ndarray:
-    """Return ``count`` 16-bit words of the stream of one grid block."""
+def uniform(seed: int, model: str, tensor: str, start: int, stop: int) -> Tensor:
+    """Draw for each flat index in ``start:stop`` a number in [0, 1), a multiple of 2⁻¹⁶ plus half of that.
+
+    The same streams as :func:`keep_mask`: an entry is kept with probability p where its number is below p, to 2⁻¹⁷.
+
+    Returns:
+        fp32 ``(stop - start,)``.
+    """
+    blocks = []
+    for block in range(start // GRID, -(-stop // GRID)):
+        here = slice(max(start - block * GRID, 0), min(stop - block * GRID, GRID))
+        blocks.append(_words(seed, model, tensor, block, here.stop)[here].astype(np.float32))
+    words = torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32))
+    return words.add_(0.5).mul_(2.0**-16)
+
+
+def _words(seed: int, model: str, tensor: str, block: int, count: int, plane: int = 0) -> np.ndarray:
+    """Return ``count`` 16-bit words of one stream of one grid block."""
     name = f"{seed}\x00{model}\x00{tensor}".encode()
     key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8")
-    # The block number goes into the counter's top word, so that streams of one key never meet.
-    stream = np.random.Philox(key=key, counter=[0, 0, 0, block])
+    # Block and plane go into the counter's top words, so that streams of one key never meet.
+    stream = np.random.Philox(key=key, counter=[0, 0, plane, block])
     return stream.random_raw((count + 3) // 4).astype("<u8").view("<u2")[:count]

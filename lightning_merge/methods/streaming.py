@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.methods.base import Context, Header, MergeMethod, ModelMerge, Partial, Step, Transform
+from lightning_merge.methods.base import (
+    Context,
+    Header,
+    MergeMethod,
+    ModelMerge,
+    Partial,
+    Refinement,
+    Step,
+    Transform,
+)
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.tensor_view import TensorView
 
@@ -39,6 +48,15 @@ class Chain:
         self.workers = workers or os.cpu_count() or 1
         self.passes = 0
         self._model_contexts: dict[int, Context] = {}
+        # One step that needs rows or whole tensors has all steps work on those.
+        wanted = {step.layout for step in self.steps}
+        self.layout = next(layout for layout in ("tensor", "rows", "pieces") if layout in {*wanted, "pieces"})
+
+    def pieces(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield the flat ranges in which one tensor is handled."""
+        if self.layout == "tensor":
+            return iter([(0, self.task_vectors.info(name).numel)])
+        return self.task_vectors.row_chunks(name) if self.layout == "rows" else self.task_vectors.chunks(name)
 
     def run(self) -> Iterator[tuple[str, int, Tensor]]:
         """Yield ``(name, start, merged piece)`` for all merged tensors."""
@@ -91,7 +109,7 @@ class Chain:
         # Tensors are measured a few ahead of the pieces that need them; results are held piece by piece.
         measuring = any(self._measures_tensors(position) for position in range(index + 1))
         ready = in_order(measured, names, self.workers if measuring else 1)
-        pieces = ((name, at, contexts) for name, contexts in ready for at in self.task_vectors.chunks(name))
+        pieces = ((name, at, contexts) for name, contexts in ready for at in self.pieces(name))
         yield from in_order(piece, pieces, self.workers)
 
     def _measures_tensors(self, position: int) -> bool:
@@ -111,7 +129,7 @@ class Chain:
             context = step.begin(header)
             while not context.complete:
                 total: Partial = {}
-                for at in self.task_vectors.chunks(name):
+                for at in self.pieces(name):
                     add_partial(total, step.measure(self._seen_by(name, at, position, contexts), context))
                 context = step.conclude(total, context)
             contexts[position] = context
@@ -120,7 +138,9 @@ class Chain:
     def _seen_by(self, name: str, at: tuple[int, int], index: int, contexts: dict[int, Context]) -> TensorView:
         view = self.task_vectors.view(name, *at)
         for position in range(index):
-            view = view.with_deltas(self.steps[position].apply(view, contexts[position]))
+            values = self.steps[position].apply(view, contexts[position])
+            transform = isinstance(self.steps[position], Transform)
+            view = view.with_deltas(values) if transform else view.with_merged(values)
         return view
 
 
@@ -192,6 +212,9 @@ def resolve(
     method.check(task_vectors)
     if isinstance(method, Transform):
         return [*transforms, method, TaskArithmetic()], task_vectors
+    if isinstance(method, Refinement):
+        steps, chosen = resolve(method.method, task_vectors, transforms, seed, score)
+        return [*steps, method], chosen
     if isinstance(method, ModelMerge):
         if score is None:
             raise UserError(

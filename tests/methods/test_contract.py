@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,8 +137,8 @@ def breadcrumbs(density: float, gamma: float, scope: str) -> Callable:
 # Written by hand, so that the rule that finds layers is checked too; an empty tensor is no layer.
 LAYERS = {
     "block": [
-        ["block.0.bias", "block.0.weight"], ["block.1.bias", "block.1.weight"], ["block.2.weight"], ["embed.weight"],
-        ["norm.weight"], ["temperature"],
+        ["block.0.bias", "block.0.weight"], ["block.1.bias", "block.1.weight"], ["block.2.weight"], ["column.weight"],
+        ["conv.weight"], ["embed.weight"], ["norm.weight"], ["temperature"],
     ],
     "tensor": [[name] for name in NAMES if name != "nothing.weight"],
 }  # fmt: skip
@@ -302,6 +304,11 @@ ROWS = [
         neutral={"eta": 0.0, "saliency": "entry", "granularity": "tensor"},
     ),
 ]  # fmt: skip
+
+
+# Families of methods keep their rows in files of their own.
+for _path in sorted(Path(__file__).parent.glob("rows_*.py")):
+    ROWS += importlib.import_module(_path.stem).ROWS
 
 
 def test_every_method_has_a_row() -> None:
