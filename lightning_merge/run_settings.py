@@ -184,7 +184,8 @@ class RunSettings:
                     )
             for step in [*transforms, method]:
                 try:
-                    step.check_models(chosen)
+                    if not step.varying:  # a setting that varies is checked against the tensors, later
+                        step.check_models(chosen)
                 except UserError as error:
                     raise UserError(f"Merge '{spec.name}': {error}") from error
 

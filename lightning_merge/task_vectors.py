@@ -300,9 +300,11 @@ class TaskVectors(Mapping[str, TaskVector]):
         Raises:
             UserError: There is no base, or the piece holds NaN or infinity.
         """
-        if self.base is None:
-            raise UserError("Task vectors need a base (τ = θ − θ₀), and none is given. Expected base=... (--base ...).")
-        return self._values(self.base, name, start, stop)
+        values = self.read_base_unchecked(name, start, stop)
+        if not math.isfinite(values.sum().item()):
+            assert self.base is not None
+            self._values(self.base, name, start, stop)
+        return values
 
     def read_finetuned(self, model: str, name: str, start: int, stop: int) -> Tensor:
         """Return a flat piece of a model's weights in the computing dtype, exactly as stored where that is possible."""
@@ -312,19 +314,50 @@ class TaskVectors(Mapping[str, TaskVector]):
         return self.read_base(name, start, stop) + vector.read(name, start, stop)
 
     def read_delta_into(self, out: Tensor, model: str, name: str, start: int, stop: int, base: Tensor) -> None:
-        """Write a flat piece of τ into ``out``, given the base's piece, which is then not read again."""
-        vector = self[model]
-        if vector.finetuned is not None:
-            torch.sub(vector.finetuned(name, start, stop), base, out=out)
-        else:
+        """Write a flat piece of τ into ``out``, given the base's piece, which is then not read again.
+
+        Entries that are not finite go through; :meth:`refuse_infinite` names them.
+        """
+        vector, source = self[model], self.models.get(model)
+        if vector.finetuned is None or source is None:
             out.copy_(vector.read(name, start, stop))
+        else:
+            out.copy_(self._stored(source, name, start, stop)).sub_(base)
+
+    def read_finetuned_into(self, out: Tensor, model: str, name: str, start: int, stop: int) -> None:
+        """Write a flat piece of a model's weights into ``out``; see :meth:`read_delta_into`."""
+        vector, source = self[model], self.models.get(model)
+        if vector.finetuned is None or source is None:
+            out.copy_(self.read_finetuned(model, name, start, stop))
+        else:
+            out.copy_(self._stored(source, name, start, stop))
+
+    def read_base_unchecked(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a flat piece of θ₀ whose entries may not be finite."""
+        if self.base is None:
+            raise UserError("Task vectors need a base (τ = θ − θ₀), and none is given. Expected base=... (--base ...).")
+        return self._stored(self.base, name, start, stop).to("cpu", self.compute_dtype(name))
+
+    def refuse_infinite(self, values: Tensor, name: str, start: int, stop: int) -> None:
+        """Check that what was made of a piece of all models is finite; if not, say which model is to blame.
+
+        Raises:
+            UserError: The base or a model holds NaN or infinity in the piece.
+        """
+        # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
+        if math.isfinite(values.sum().item()) or values.isfinite().all():
+            return
+        for source in [*([self.base] if self.base else []), *self.models.values()]:
+            self._values(source, name, start, stop)
 
     def sample_delta(self, model: str, name: str, start: int, stop: int, stride: int) -> Tensor:
         """Return every ``stride``-th entry of a flat piece of τ, reading no more than those where that is possible."""
         source = self.models.get(model)
         if source is None or self.base is None or self[model].finetuned is None:
             return self[model].read(name, start, stop)[::stride]
-        ends = [self._stored(held, name)[start:stop:stride] for held in (source, self.base)]
+        ends = [
+            held.read(self._stored_name(held, name)).reshape(-1)[start:stop:stride] for held in (source, self.base)
+        ]
         return ends[0].to("cpu", self.compute_dtype(name)) - ends[1].to("cpu", self.compute_dtype(name))
 
     def unmerged(self, name: str) -> Tensor:
@@ -353,7 +386,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         return TaskVector(self, read, finetuned)
 
     def _values(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
-        values = self._stored(source, name)[start:stop].to("cpu", self.compute_dtype(name))
+        values = self._stored(source, name, start, stop).to("cpu", self.compute_dtype(name))
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
             what = "NaN" if values.isnan().any() else "infinity"
@@ -363,12 +396,17 @@ class TaskVectors(Mapping[str, TaskVector]):
             )
         return values
 
-    def _stored(self, source: WeightSource, name: str) -> Tensor:
-        """The flat tensor as a source holds it, whichever of its tied names it uses."""
+    def _stored(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
+        """A flat piece as a source holds it, whichever of its tied names it uses."""
+        return source.read_flat(self._stored_name(source, name), start, stop)
+
+    def _stored_name(self, source: WeightSource, name: str) -> str:
+        if name in source.tensors:
+            return name
         stored = counterpart(self.template, name, source)
         if stored is None:
             raise UserError(f"'{source.label}' lacks the tensor '{name}'. Expected it in every model.")
-        return source.read(stored).reshape(-1)
+        return stored
 
     def _classify(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         merged: list[str] = []

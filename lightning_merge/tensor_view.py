@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Sums over entries are taken block by block and then exactly, so that no chunking ever changes them.
 GRID = 1 << 16
-# Entries of one tensor handled at once: a few MiB a model.
-CHUNK = 4 * GRID
+# Entries of one tensor handled at once: half a MiB a model, so that a piece of a few models stays in the cache.
+CHUNK = 2 * GRID
 
 
 class TensorView:
@@ -43,7 +43,7 @@ class TensorView:
     @cached_property
     def base(self) -> Tensor:
         """θ₀, flat ``(n,)`` in the computing dtype."""
-        return self._space.read_base(self.name, self.start, self.stop)
+        return self._space.read_base(*self._at)
 
     @cached_property
     def finetuned(self) -> Tensor:
@@ -52,9 +52,11 @@ class TensorView:
             original = self.original
             kept = self._deltas == original.deltas
             return torch.where(kept, original.finetuned, add_delta(self.base, self._deltas))
-        return torch.stack(
-            [self._space.read_finetuned(model, self.name, self.start, self.stop) for model in self.models]
-        )
+        out = torch.empty(len(self.models), self.stop - self.start, dtype=self._space.compute_dtype(self.name))
+        for row, model in zip(out, self.models, strict=True):
+            self._space.read_finetuned_into(row, model, *self._at)
+        self._space.refuse_infinite(out, *self._at)
+        return out
 
     @cached_property
     def deltas(self) -> Tensor:
@@ -62,8 +64,11 @@ class TensorView:
         if self._deltas is not None:
             return self._deltas
         out = torch.empty(len(self.models), self.stop - self.start, dtype=self._space.compute_dtype(self.name))
+        base = self._unchecked_base()
         for row, model in zip(out, self.models, strict=True):
-            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
+            self._space.read_delta_into(row, model, *self._at, base)
+        # A difference with a base that is not finite is not finite either.
+        self._space.refuse_infinite(out, *self._at)
         return out
 
     def delta_rows(self) -> Iterator[Tensor]:
@@ -72,9 +77,20 @@ class TensorView:
             yield from self.deltas
             return
         row = torch.empty(self.stop - self.start, dtype=self._space.compute_dtype(self.name))
+        base = self._unchecked_base()
         for model in self.models:
-            self._space.read_delta_into(row, model, self.name, self.start, self.stop, self.base)
+            self._space.read_delta_into(row, model, *self._at, base)
+            self._space.refuse_infinite(row, *self._at)
             yield row
+
+    def _unchecked_base(self) -> Tensor:
+        if "base" not in self.__dict__:
+            self.__dict__["base"] = self._space.read_base_unchecked(*self._at)
+        return self.base
+
+    @property
+    def _at(self) -> tuple[str, int, int]:
+        return self.name, self.start, self.stop
 
     def sampled_deltas(self, stride: int) -> Iterator[Tensor]:
         """Yield every ``stride``-th entry of τ_t, one model after another."""
@@ -119,7 +135,9 @@ class TensorView:
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
     """Return θ₀ + δ, and the base's own entry where δ is 0: adding +0 would turn a −0 of the base into +0."""
-    return torch.where(delta == 0, base, base + delta)
+    # Taking away +0 leaves −0 as it is, and 0 − δ is +0 for a δ of either zero: no comparison, no choice.
+    negated = torch.rsub(delta, 0.0)
+    return torch.sub(base, negated, out=negated)
 
 
 def block_sums(values: Tensor) -> list[float]:

@@ -7,13 +7,14 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError, nearest
+from lightning_merge.methods.schedule import depths, numbers_in, settle, varies
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.tensor_view import TensorView, add_delta
 from lightning_merge.weights import TensorInfo
@@ -76,7 +77,7 @@ class Step(ABC):
                     f"{nearest(str(value), choices)}"
                 )
             if "allowed" in spec.metadata:
-                for entry in value.values() if isinstance(value, Mapping) else [value]:
+                for entry in numbers_in(type(self).__name__, spec.name, value):
                     check_interval(type(self).__name__, spec.name, entry, spec.metadata["allowed"])
 
     @property
@@ -105,7 +106,41 @@ class Step(ABC):
                 f"{type(self).__name__} needs a base model (task vectors are θ − θ₀), and none is given. "
                 "Expected --base REF."
             )
-        self.check_models(task_vectors.names)
+        for step in self.settled(task_vectors.tensor_names).values() if self.varying else [self]:
+            step.check_models(task_vectors.names)
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Names of the settings that differ from tensor to tensor."""
+        return tuple(f.name for f in fields(self) if "allowed" in f.metadata and varies(getattr(self, f.name)))
+
+    def settled(self, names: Sequence[str]) -> dict[str, Step]:
+        """Return for each tensor this step with the numbers that hold for it.
+
+        Raises:
+            UserError: A setting varies that is ranked or measured over the whole model, or no rule fits a tensor.
+        """
+        name = type(self).__name__
+        varying = self.varying
+        # What a step measures over the model goes by one number; the scale only multiplies what came of it.
+        whole = [field for field in varying if field != "scale"]
+        if whole and self.reach == "model":
+            raise UserError(
+                f"{name}: {whole[0]} varies over the tensors, but goes by the whole model here. "
+                "Expected one number, or a scope of 'tensor'."
+            )
+        at = depths(names)
+        made: dict[str, Step] = {}
+        steps = {}
+        for tensor in names:
+            values = {
+                field: settle(f"{name}: {field}", getattr(self, field), tensor, at[tensor]) for field in varying
+            }
+            key = repr(values)
+            if key not in made:
+                made[key] = replace(self, **values)
+            steps[tensor] = made[key]
+        return steps
 
     def check_models(self, models: Sequence[str]) -> None:
         """Check what can be told from the models' names alone, before there are any weights.
@@ -123,7 +158,7 @@ class Step(ABC):
         for spec in fields(self):
             value = getattr(self, spec.name)
             if "allowed" in spec.metadata and isinstance(value, dict):
-                per_model(f"{name}: {spec.name}", value, models)
+                one_for_each(f"{name}: {spec.name}", value, models)
 
     def begin(self, header: Header) -> Context:
         """Plan from headers."""
@@ -218,7 +253,17 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         UserError: The setting names a model that is not there, or leaves one out.
     """
     if not isinstance(value, Mapping):
-        return [float(value)] * len(models)
+        return [float(value)] * len(models)  # type: ignore[arg-type] - schedules are settled before
+    one_for_each(what, value, models)
+    return [float(value[name]) for name in models]
+
+
+def one_for_each(what: str, value: Mapping[str, Any], models: Sequence[str]) -> None:
+    """Check that a setting by model has one entry for each model.
+
+    Raises:
+        UserError: It names a model that is not there, or leaves one out.
+    """
     for name in value:
         if name not in models:
             raise UserError(
@@ -230,7 +275,6 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         raise UserError(
             f"{what} has no value for the model '{missing[0]}'. Expected one for each of {', '.join(models)}."
         )
-    return [float(value[name]) for name in models]
 
 
 def check_interval(owner: str, name: str, value: Any, allowed: str) -> None:

@@ -29,6 +29,8 @@ from lightning_merge.tensor_view import TensorView
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# From what one process has measured of the model to what all of them have.
+Exchange = Callable[[Partial], Partial]
 
 
 class Chain:
@@ -37,20 +39,32 @@ class Chain:
     Steps that reach over the model measure it in passes of their own, seeing what the steps before them made of it.
     Steps that reach over one tensor measure that tensor just before it is used, so that nothing is kept.
 
+    Args:
+        steps: Transforms, a method, and refinements of what it merged.
+        task_vectors: The models.
+        seed: Of the steps that draw at random.
+        threads: How many work side by side; as many as there are cores by default.
+
     Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
-    a few pieces of 2¹⁸ entries of T models for each thread.
+    a few pieces of 2¹⁷ entries of T models for each thread.
     """
 
     def __init__(
-        self, steps: Sequence[Step], task_vectors: TaskVectors, seed: int = 0, workers: int | None = None
+        self, steps: Sequence[Step], task_vectors: TaskVectors, seed: int = 0, threads: int | None = None
     ) -> None:
         self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
-        self.workers = workers or os.cpu_count() or 1
+        self.threads = threads or os.cpu_count() or 1
         self.passes = 0
         self._model_contexts: dict[int, Context] = {}
+        self._settled = [step.settled(task_vectors.tensor_names) if step.varying else None for step in self.steps]
         # One step that needs rows or whole tensors has all steps work on those.
         wanted = {step.layout for step in self.steps}
         self.layout = next(layout for layout in ("tensor", "rows", "pieces") if layout in {*wanted, "pieces"})
+
+    def step(self, position: int, name: str) -> Step:
+        """Return a step with the settings that hold for one tensor."""
+        settled = self._settled[position]
+        return self.steps[position] if settled is None else settled[name]
 
     def pieces(self, name: str) -> Iterator[tuple[int, int]]:
         """Yield the flat ranges in which one tensor is handled."""
@@ -58,20 +72,33 @@ class Chain:
             return iter([(0, self.task_vectors.info(name).numel)])
         return self.task_vectors.row_chunks(name) if self.layout == "rows" else self.task_vectors.chunks(name)
 
-    def run(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield ``(name, start, merged piece)`` for all merged tensors."""
+    def run(
+        self, names: Sequence[str] | None = None, measured: Sequence[str] | None = None, exchange: Exchange | None = None
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield ``(name, start, merged piece)``.
+
+        Args:
+            names: The tensors to merge; all by default.
+            measured: The tensors over which model-wide steps are measured here; all by default.
+            exchange: Where several processes measure a part of the tensors each: from what one has measured to what
+                all have.
+        """
+        names = self.task_vectors.tensor_names if names is None else names
         for index, step in enumerate(self.steps):
             if step.reach == "model":
-                self._measure_model(index, step)
+                self._measure_model(index, step, measured, exchange)
         self.passes += 1
-        yield from self._over_pieces(len(self.steps) - 1, self._apply_last)
+        yield from self._over_pieces(len(self.steps) - 1, names, self._apply_last)
 
     def _apply_last(self, view: TensorView, contexts: dict[int, Context]) -> tuple[str, int, Tensor]:
         last = len(self.steps) - 1
-        return view.name, view.start, self.steps[last].apply(view, contexts[last])
+        return view.name, view.start, self.step(last, view.name).apply(view, contexts[last])
 
-    def _measure_model(self, index: int, step: Step) -> None:
-        tensors = {name: self.task_vectors.info(name) for name in self.task_vectors.tensor_names}
+    def _measure_model(
+        self, index: int, step: Step, measured: Sequence[str] | None, exchange: Exchange | None
+    ) -> None:
+        every = self.task_vectors.tensor_names
+        tensors = {name: self.task_vectors.info(name) for name in every}
         context = step.begin(Header(tensors, self.task_vectors.names, self.seed))
         while not context.complete:
             self.passes += 1
@@ -88,16 +115,17 @@ class Chain:
                     subtotals.append(threads.subtotal)  # noqa: B023
                 add_partial(threads.subtotal, step.measure(view, context))  # noqa: B023
 
-            for _ in self._over_pieces(index, measure):
+            for _ in self._over_pieces(index, every if measured is None else measured, measure):
                 pass
             for subtotal in subtotals:
                 add_partial(total, subtotal)
-            context = step.conclude(total, context)
+            context = step.conclude(exchange(total) if exchange else total, context)
         self._model_contexts[index] = context
 
-    def _over_pieces(self, index: int, work: Callable[[TensorView, dict[int, Context]], Result]) -> Iterator[Result]:
+    def _over_pieces(
+        self, index: int, names: Sequence[str], work: Callable[[TensorView, dict[int, Context]], Result]
+    ) -> Iterator[Result]:
         """Do ``work`` on every piece as step ``index`` sees it."""
-        names = sorted(self.task_vectors.tensor_names)
 
         def measured(name: str) -> tuple[str, dict[int, Context]]:
             return name, self._tensor_contexts(name, index)
@@ -108,9 +136,9 @@ class Chain:
 
         # Tensors are measured a few ahead of the pieces that need them; results are held piece by piece.
         measuring = any(self._measures_tensors(position) for position in range(index + 1))
-        ready = in_order(measured, names, self.workers if measuring else 1)
+        ready = in_order(measured, sorted(names), self.threads if measuring else 1)
         pieces = ((name, at, contexts) for name, contexts in ready for at in self.pieces(name))
-        yield from in_order(piece, pieces, self.workers)
+        yield from in_order(piece, pieces, self.threads)
 
     def _measures_tensors(self, position: int) -> bool:
         step = self.steps[position]
@@ -119,12 +147,13 @@ class Chain:
     def _tensor_contexts(self, name: str, index: int) -> dict[int, Context]:
         """Conclude every step up to ``index`` for one tensor."""
         contexts: dict[int, Context] = {}
-        for position, step in enumerate(self.steps[: index + 1]):
+        for position in range(index + 1):
             if position in self._model_contexts:
                 contexts[position] = self._model_contexts[position]
                 continue
-            if step.reach == "model":
+            if self.steps[position].reach == "model":
                 continue  # the step that is being measured right now
+            step = self.step(position, name)
             header = Header({name: self.task_vectors.info(name)}, self.task_vectors.names, self.seed)
             context = step.begin(header)
             while not context.complete:
@@ -138,9 +167,9 @@ class Chain:
     def _seen_by(self, name: str, at: tuple[int, int], index: int, contexts: dict[int, Context]) -> TensorView:
         view = self.task_vectors.view(name, *at)
         for position in range(index):
-            values = self.steps[position].apply(view, contexts[position])
-            transform = isinstance(self.steps[position], Transform)
-            view = view.with_deltas(values) if transform else view.with_merged(values)
+            step = self.step(position, name)
+            values = step.apply(view, contexts[position])
+            view = view.with_deltas(values) if isinstance(step, Transform) else view.with_merged(values)
         return view
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError
-from lightning_merge.weights.tensor_info import TensorInfo, read_safetensors_header
+from lightning_merge.weights.tensor_info import TensorInfo, read_safetensors_layout
 
 ACCEPTED = (
     "Accepted: a Hugging Face folder (config.json beside model.safetensors or its shards), a .safetensors file, "
@@ -58,6 +59,10 @@ class WeightSource(ABC):
         The values are the source's own: read them, never write to them.
         """
 
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the entries ``start:stop`` of the flattened tensor, in the stored dtype; to read, not to write to."""
+        return self.read(name).reshape(-1)[start:stop]
+
     def stored_name(self, name: str) -> str | None:
         """Return the name under which ``name`` is stored here (itself, or the tensor it is tied to), or ``None``."""
         if name in self.tensors:
@@ -91,7 +96,7 @@ class WeightSource(ABC):
 
 
 class SafetensorsSource(WeightSource):
-    """Weights in one or several safetensors files; values stay memory-mapped until they are used."""
+    """Weights in one or several safetensors files; whole tensors are memory-mapped, pieces read into memory."""
 
     def __init__(self, label: str, files: list[Path], folder: Path | None = None) -> None:
         self.label = label
@@ -102,8 +107,11 @@ class SafetensorsSource(WeightSource):
         self.metadata = {}
         self._file_of: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
+        self._descriptors: dict[Path, _Descriptor] = {}
+        self._offsets: dict[str, int] = {}
         for file in files:
-            tensors, metadata = read_safetensors_header(file)
+            tensors, metadata, offsets = read_safetensors_layout(file)
+            self._offsets.update(offsets)
             self.metadata = {**self.metadata, **metadata}
             for name, info in tensors.items():
                 if name in self._file_of:
@@ -128,9 +136,41 @@ class SafetensorsSource(WeightSource):
                 f"Tensor '{name}' cannot be read from '{file}' ({error}). Expected an undamaged safetensors file."
             ) from error
 
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a flat piece in memory of its own, by one read of the file."""
+        file, info = self._file_of[name], self.tensors[name]
+        values = torch.empty(stop - start, dtype=info.dtype)
+        # Copying from the page cache into a buffer that stays in the processor's cache costs less than mapping pages.
+        place = memoryview(values.view(torch.uint8).numpy())
+        position = self._offsets[name] + start * info.dtype.itemsize
+        try:
+            if file not in self._descriptors:
+                self._descriptors[file] = _Descriptor(file)
+            while place:
+                count = os.preadv(self._descriptors[file].number, [place], position)
+                if not count:
+                    raise OSError("the file ends before the tensor does")
+                place, position = place[count:], position + count
+        except OSError as error:
+            raise UserError(
+                f"Tensor '{name}' cannot be read from '{file}' ({error}). Expected an undamaged safetensors file."
+            ) from error
+        return values
+
     def __getstate__(self) -> dict[str, Any]:
         # A file handle does not travel to another process; it is opened again on first use.
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_handles": {}, "_descriptors": {}}
+
+
+class _Descriptor:
+    """A file open for reading as long as this object lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 class MemorySource(WeightSource):

@@ -58,6 +58,12 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     Raises:
         UserError: The file is missing, truncated, or no safetensors file.
     """
+    tensors, metadata, _ = read_safetensors_layout(path)
+    return tensors, metadata
+
+
+def read_safetensors_layout(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:
+    """Like :func:`read_safetensors_header`, and where in the file, in bytes, each tensor begins."""
     accepted = "Expected a .safetensors file (https://huggingface.co/docs/safetensors)."
     if not path.is_file():
         raise UserError(f"No file at '{path}'. {accepted}")
@@ -77,6 +83,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
         header = json.loads(raw)
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         tensors: dict[str, TensorInfo] = {}
+        offsets: dict[str, int] = {}
         end_of_data = 0
         for name, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
@@ -93,6 +100,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
                 )
             end_of_data = max(end_of_data, stop)
             tensors[name] = info
+            offsets[name] = 8 + length + start
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,4 +112,4 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
             f"'{path}' is truncated: its header announces {8 + length + end_of_data} bytes, the file holds {size}. "
             "Expected the whole file; copy or download it again."
         )
-    return tensors, metadata
+    return tensors, metadata, offsets

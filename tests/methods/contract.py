@@ -282,7 +282,7 @@ class MethodContract:
         steps, chosen = resolve(row.step(), opened(*models), (), SEED, row.score)
 
         def pieces(workers: int) -> list[tuple[str, int, bytes]]:
-            found = Chain(steps, chosen, SEED, workers=workers).run()
+            found = Chain(steps, chosen, SEED, threads=workers).run()
             return [(name, start, values.numpy().tobytes()) for name, start, values in found]
 
         one = pieces(1)
