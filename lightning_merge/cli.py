@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_merge.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from lightning_merge.merging import MergeReport
     from lightning_merge.methods import MergeMethod
     from lightning_merge.weights import Finding
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        kept = " What was finished is kept; the same command goes on from there." if verb == "run" else ""
+        kept = " What was finished is kept; the same command goes on from there." if verb in {"run", "merge"} else ""
         print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
 
@@ -93,6 +94,13 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch_norm", type=str, default="average", help="BatchNorm statistics: average or base")
     parser.add_argument("--seed", type=int, default=0, help="of the methods that draw at random")
     parser.add_argument("--dtype", type=str | None, help="float32, bfloat16, float16 or float64; by default the base's")
+    parser.add_argument("--rounding", type=str, default="nearest", help="into bfloat16: nearest, or stochastic (seeded)")
+    parser.add_argument(
+        "--max_shard_size", type=int | str | None, default="5GB", help="of a file in the output folder; null for one file"
+    )
+    parser.add_argument("--num_workers", type=int, default=1, help="processes; any number gives the same bytes")
+    parser.add_argument("--threads", type=int | None, help="threads of each process; by default the cores are shared")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--dry_run", action="store_true", help="check and plan; write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     options, _ = build(parser, arguments)
@@ -101,8 +109,13 @@ def _merge(arguments: Sequence[str]) -> int:
     if options.batch_norm not in {"average", "base"}:
         raise unknown("batch_norm", options.batch_norm, ["average", "base"])
     ignore = [options.ignore] if isinstance(options.ignore, str) else options.ignore
-    task_vectors = TaskVectors.open(options.base, options.models, ignore, options.prefix, batch_norm=options.batch_norm)
+    task_vectors = TaskVectors.open(
+        options.base, options.models, ignore, options.prefix, batch_norm=options.batch_norm, strict=not options.dry_run
+    )
     _print_findings([f for f in task_vectors.findings if options.dry_run or f.level != "INFO"])
+    if any(finding.level == "ERROR" for finding in task_vectors.findings):
+        print("These models cannot be merged as they are. Nothing was written.")
+        return 2
     with _progress(f"merging {len(task_vectors)} models") as on_progress:
         report = merge(
             options.method,
@@ -114,15 +127,30 @@ def _merge(arguments: Sequence[str]) -> int:
             overwrite=options.overwrite,
             dry_run=options.dry_run,
             on_progress=on_progress,
+            max_shard_size=options.max_shard_size,
+            num_workers=options.num_workers,
+            threads=options.threads,
+            rounding=options.rounding,
+            device=options.device,
         )
-    if options.dry_run:
+    return _tell(report, options.dry_run)
+
+
+def _tell(report: MergeReport, dry_run: bool) -> int:
+    """Say what a merge did or would do; a dry run that found an ERROR exits 2."""
+    if dry_run:
+        _print_findings([finding for finding in report.findings if finding.level == "ERROR"])
+        print(report.plan)
         print(f"Would write {report.bytes_written / 1e6:,.1f} MB to {report.output}. Nothing was written.")
-    elif report.already_there:
+        return 2 if any(finding.level == "ERROR" for finding in report.findings) else 0
+    if report.resumed_tensors:
+        print(f"Resumed: {report.resumed_tensors} tensors had been finished by an earlier process.")
+    if report.already_there:
         print(f"{report.output} already holds this very merge. Nothing to do.")
     else:
         print(
             f"Merged in {report.seconds:.2f} s (+ {report.hashing_seconds:.2f} s hashing): {report.passes} passes, "
-            f"{report.bytes_written / 1e6:,.1f} MB written, "
+            f"{report.bytes_read / 1e6:,.1f} MB read, {report.bytes_written / 1e6:,.1f} MB written, "
             f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB. {report.output}"
         )
     return 0
@@ -186,24 +214,40 @@ def _methods(arguments: Sequence[str]) -> int:
 
 def _facts(kind: type[MergeMethod]) -> dict[str, str]:
     """What a method declares, as short texts."""
-    from lightning_merge.methods import Transform
+    from lightning_merge.methods import Refinement, Transform
 
+    kinds = {"transform": Transform, "refinement": Refinement}
     return {
-        "kind": "transform" if issubclass(kind, Transform) else "method",
+        "kind": next((name for name, parent in kinds.items() if issubclass(kind, parent)), "method"),
         "base": "needed" if kind.needs_base else "not needed",
-        "reach": kind().reach,
+        "reach": _plain(kind).reach,
         "data": "validation" if kind.needs_score else "statistics" if kind.needs_statistics else "none",
         "paper": kind.paper,
     }
+
+
+def _plain(kind: type[MergeMethod]) -> MergeMethod:
+    """A method with its defaults; settings without one get something that fits."""
+    from lightning_merge.methods import SimpleAverage
+
+    needed = [spec.name for spec in dataclasses.fields(kind) if _default(spec) == "required"]
+    return kind(**{name: SimpleAverage() if name == "method" else "" for name in needed})
+
+
+def _default(spec: dataclasses.Field[Any]) -> str:
+    """The default of a setting, as Python writes it."""
+    if spec.default is not dataclasses.MISSING:
+        return repr(spec.default)
+    return "required" if spec.default_factory is dataclasses.MISSING else repr(spec.default_factory())
 
 
 def _settings(kind: type[MergeMethod]) -> list[tuple[str, str, str, str]]:
     """Name, type, default and allowed interval of every hyper-parameter."""
     rows = []
     for spec in dataclasses.fields(kind):
-        default = getattr(kind(), spec.name)
+        default = _default(spec)
         kind_of = str(spec.type).replace("PerModel", "float | {model: float}")
-        rows.append((spec.name, kind_of, repr(default), spec.metadata.get("allowed", "")))
+        rows.append((spec.name, kind_of, default, spec.metadata.get("allowed", "")))
     return rows
 
 

@@ -1,20 +1,17 @@
 """The merging engine: plan from headers, read piece by piece, merge, write in place.
 
-Nothing is written under the output's name until it is whole: work happens beside it and is renamed at the end.
+Nothing is written under the output's name until it is whole: work happens beside it and is renamed at the end. A merge
+that was killed goes on where it stopped when the same is asked for again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +20,34 @@ import yaml
 from torch import Tensor
 
 from lightning_merge.errors import UserError, unknown
+from lightning_merge.execution import Done, Job, Part, carry_out
+from lightning_merge.journal import Workplace, remove_leftovers
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
-from lightning_merge.methods.streaming import Chain, resolve, round_to
-from lightning_merge.recipe import COMPUTED, describe, resolved_recipe
-from lightning_merge.task_vectors import TaskVector, TaskVectors
-from lightning_merge.weights import (
-    Finding,
-    SafetensorsWriter,
-    TensorInfo,
-    WeightSource,
-    peak_memory_bytes,
-    read_checkpoint,
-    sha256_of_source,
+from lightning_merge.methods.streaming import Rounding, resolve
+from lightning_merge.outputs import (
+    card_text,
+    digest,
+    holds,
+    is_folder,
+    provenance,
+    record_of,
+    refuse_other_content,
+    sha256_of_values,
+    write_checkpoint,
 )
-from lightning_merge.weights.card import SourceRecord, model_card
+from lightning_merge.planning import Plan, plan
+from lightning_merge.recipe import describe, resolved_recipe
+from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.weights import Finding, TensorInfo, WeightSource, open_weights, sha256_of_source
 from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
+from lightning_merge.weights.output_files import OutputFiles, parse_size
+
+__all__ = ["MergeReport", "Part", "merge", "merge_parts"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SECONDS_BETWEEN_REPORTS = 0.1
+MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,16 @@ class MergeReport:
     seconds: float = 0.0
     hashing_seconds: float = 0.0
     passes: int = 0
+    bytes_read: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
     already_there: bool = False
+    # Tensors that an earlier, killed process had finished.
+    resumed_tensors: int = 0
     findings: list[Finding] = field(default_factory=list)
     # The models that went in: a method that selects may have left some out.
     models: tuple[str, ...] = ()
+    plan: Plan | None = None
 
 
 def merge(
@@ -73,6 +83,11 @@ def merge(
     dry_run: bool = False,
     title: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    max_shard_size: int | str | None = MAX_SHARD_SIZE,
+    num_workers: int = 1,
+    threads: int | None = None,
+    rounding: Rounding = "nearest",
+    device: str = "cpu",
 ) -> MergeReport:
     """Merge into a file or folder without holding a model in memory.
 
@@ -86,126 +101,319 @@ def merge(
         dtype: Floating-point dtype of the result, by default that of the base.
         score: For methods that select by validation: a state dict to a score.
         overwrite: Replace an earlier merge.
-        dry_run: Check and plan only; nothing is read or written.
+        dry_run: Check and plan only; nothing is written.
         title: Heading of the model card.
         on_progress: Called now and then with entries merged and entries in all.
+        max_shard_size: How large a file in an output folder may become, such as ``"5GB"``; ``None`` for one file.
+        num_workers: Processes that own disjoint tensors; any number gives the same bytes.
+        threads: Threads of each process; by default the cores are shared out.
+        rounding: Into bf16 to the ``nearest`` number, or ``stochastic``, which keeps small updates on average.
+        device: Where methods that can compute off the host do; ``cpu`` or ``cuda``.
+
+    Returns:
+        What was done; for a dry run with the ``plan``.
 
     Raises:
-        UserError: The models do not fit, or the output holds something else; nothing is then written.
+        UserError: The models do not fit, the disk is too small, or the output holds something else; nothing is then
+            written.
 
-    Cost: see the method; memory holds pieces of 2¹⁸ entries of T models for each core (for ``.ckpt`` the whole model).
+    Cost: see the method; memory holds pieces of 2¹⁷ entries of T models for each thread (for ``.ckpt`` the whole
+        model). Interrupted, it goes on from its journal in ``OUTPUT.partial``.
     """
-    output = Path(output)
     wanted = _dtype(dtype)
+    return merge_parts(
+        [Part(method, task_vectors, tuple(transforms))],
+        output,
+        recipe=resolved_recipe(method, task_vectors, transforms, seed, wanted, rounding, max_shard_size),
+        seed=seed,
+        dtype=wanted,
+        score=score,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        title=title,
+        on_progress=on_progress,
+        max_shard_size=max_shard_size,
+        num_workers=num_workers,
+        threads=threads,
+        rounding=rounding,
+        device=device,
+    )
+
+
+def merge_parts(
+    parts: Sequence[Part],
+    output: str | Path,
+    recipe: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    score: Callable[[dict[str, Tensor]], float] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    title: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    max_shard_size: int | str | None = MAX_SHARD_SIZE,
+    num_workers: int = 1,
+    threads: int | None = None,
+    rounding: Rounding = "nearest",
+    device: str = "cpu",
+    companions: Mapping[str, str | bytes | Path] | None = None,
+    findings: Sequence[Finding] = (),
+) -> MergeReport:
+    """Merge parts of a model, each in its own way, into one output; see :func:`merge`.
+
+    Args:
+        parts: Each makes the tensors of its template; no two make the same.
+        output: See :func:`merge`; so for the arguments not named here.
+        recipe: What stands in ``merge.yaml`` and makes the same merge again.
+        companions: Content or origin of the files beside the weights; by default those of the first part's template.
+        findings: To be noted beside those of the parts.
+
+    Raises:
+        UserError: See :func:`merge`.
+    """
+    started = time.perf_counter()
+    output, wanted = Path(output), _dtype(dtype)
+    _check_options(num_workers, threads, rounding, device)
+    shard_bytes = None if max_shard_size is None or not is_folder(output) else parse_size(max_shard_size)
+    every = [source for part in parts for source in part.task_vectors.sources]
+    template = parts[0].task_vectors.template
+    refuse_other_content(output, every, overwrite=True)
     # A method that must score candidates reads them already when it is planned; a dry run stops before.
-    steps: list[Step] = []
-    if not (dry_run and method.needs_score):
-        _check_output(output, task_vectors, overwrite=True)
-        started_planning = time.perf_counter()
-        steps, chosen = resolve(method, task_vectors, transforms, seed, score)
-    else:
-        started_planning, chosen = time.perf_counter(), task_vectors
-    recipe = resolved_recipe(method, task_vectors, transforms, seed, wanted)
-    infos = _output_tensors(chosen, wanted, with_aliases=output.suffix == ".safetensors" or not chosen.template.folder)
-    planned = MergeReport(
-        output, recipe, bytes_written=sum(info.nbytes for info in infos.values()), findings=task_vectors.findings
+    resolved: list[tuple[list[Step], TaskVectors]] = [
+        ([], part.task_vectors)
+        if dry_run and part.method.needs_score
+        else resolve(part.method, part.task_vectors, part.transforms, seed, score)
+        for part in parts
+    ]
+    with_aliases = output.suffix == ".safetensors" or not template.folder
+    infos, names = _output_tensors([vectors for _, vectors in resolved], wanted, with_aliases)
+    folder_name = "model.safetensors" if is_folder(output) else output.name
+    workplace = output.with_name(output.name + ".partial") / "files"
+    job = Job(resolved, names, OutputFiles(workplace, infos, shard_bytes, folder_name), seed, rounding, device)
+    noted = [*(finding for part in parts for finding in part.task_vectors.findings), *findings]
+    cores = os.cpu_count() or 1
+    foreseen = plan(job, output, threads or max(1, cores // num_workers), num_workers, noted)
+    report = MergeReport(
+        output,
+        recipe,
+        passes=len(foreseen.passes),
+        bytes_read=foreseen.bytes_read,
+        bytes_written=sum(info.nbytes for info in infos.values()),
+        peak_memory_bytes=foreseen.peak_memory_bytes,
+        findings=foreseen.findings,
+        models=tuple(dict.fromkeys(name for _, vectors in resolved for name in vectors.names)),
+        plan=foreseen,
     )
     if dry_run:
-        return planned
+        return report
 
-    started_hashing = time.perf_counter()
-    computed = [name for name, vector in task_vectors.items() if vector.finetuned is None]
-    opened = {"": task_vectors.base, **task_vectors.models}
-    sources = {name: source for name, source in opened.items() if source and name not in computed}
-    hashes = {name: sha256_of_source(source) for name, source in sources.items()}
-    hashes |= {name: _sha256_of_values(task_vectors[name]) for name in computed}
-    hashing_seconds = time.perf_counter() - started_hashing
-    # A method that selects may have left models out, by a score that no recipe states.
-    identity = {"recipe": recipe, "sha256": hashes, "models": list(chosen.names)}
-    recipe_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    if _already_there(output, recipe_hash) and not overwrite:
-        return MergeReport(output, recipe, already_there=True, hashing_seconds=hashing_seconds)
-    _check_output(output, task_vectors, overwrite)
-
-    started = time.perf_counter() - (started_hashing - started_planning)
-    chain = Chain(steps, chosen, seed)
-    is_folder = output.suffix not in {".safetensors", ".ckpt"}
-    # The name carries the process, so that two merges into one place do not write into each other.
-    work = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    _remove_leftovers(output)
-    made = [parent for parent in output.parents if not parent.exists()]
+    hashing = _Hashing(parts)
+    identity = {"recipe": recipe, "models": list(report.models), "companions": _named(companions)}
+    if record_of(output).is_file() and not overwrite:
+        if holds(output, digest({**identity, "sha256": hashing.result()})):
+            remove_leftovers(output)
+            return MergeReport(output, recipe, already_there=True, hashing_seconds=hashing.seconds)
+    refuse_other_content(output, every, overwrite)
+    too_little = [finding.message for finding in foreseen.findings if finding.level == "ERROR"]
+    if too_little:
+        raise UserError("\n".join(too_little))
+    made_of = {**identity, "sources": hashing.fingerprints, "dtype": str(wanted), "torch": torch.__version__}
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if is_folder:
-            shutil.rmtree(work, ignore_errors=True)  # of a killed process that had the same number
-            work.mkdir()
-        target = work / "model.safetensors" if is_folder else work
-        if output.suffix == ".ckpt":
-            _write_checkpoint(chain, infos, target, task_vectors.template, on_progress)
-        else:
-            _write_safetensors(chain, infos, target, on_progress)
-        report = MergeReport(
-            output,
-            recipe,
-            seconds=time.perf_counter() - started,
-            hashing_seconds=hashing_seconds,
-            passes=chain.passes,
-            models=chosen.names,
-            bytes_written=planned.bytes_written,
-            peak_memory_bytes=peak_memory_bytes(),
-            findings=task_vectors.findings,
-        )
-        record = _record(report, identity, recipe_hash, sources)
-        if is_folder:
-            folder = task_vectors.template.folder
-            if folder:
-                copy_companions(folder, work, wanted)
-            write_text(work / "merge.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-            write_text(work / "merge.json", json.dumps(record, indent=2) + "\n")
-            write_text(work / "README.md", card_text(report, method, transforms, sources, hashes, title))
-            replace_folder(work, output)
-        else:
-            # No record may vouch for weights it does not describe, even if the process is killed between the two.
-            _record_of(output).unlink(missing_ok=True)
-            os.replace(work, output)
-            write_text(_record_of(output), json.dumps(record, indent=2) + "\n")
-    except BaseException as error:
-        with suppress(OSError):
-            shutil.rmtree(work) if work.is_dir() else work.unlink(missing_ok=True)
-            for parent in made:
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
-        raise
+        with Workplace(output, digest(made_of)) as place:
+            done, resumed = _make(job, place, output, template, num_workers, threads, on_progress)
+            working = time.perf_counter()
+            hashes = hashing.result()
+            waited = time.perf_counter() - working
+            report = MergeReport(
+                output,
+                recipe,
+                seconds=time.perf_counter() - started - waited,
+                hashing_seconds=hashing.seconds,
+                passes=done.passes,
+                bytes_read=done.bytes_read,
+                bytes_written=report.bytes_written,
+                peak_memory_bytes=done.peak_memory_bytes,
+                resumed_tensors=resumed,
+                findings=foreseen.findings,
+                models=report.models,
+                plan=foreseen,
+            )
+            record = provenance(report, digest({**identity, "sha256": hashes}), hashing.sources, hashes)
+            card = card_text(report, _how(parts), hashing.sources, hashes, title)
+            _put_in_place(place.files, output, report, record, card, template, companions, wanted)
+    except OSError as error:
+        raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
     return report
 
 
-def card_text(
+def _make(
+    job: Job,
+    place: Workplace,
+    output: Path,
+    template: WeightSource,
+    workers: int,
+    threads: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Done, int]:
+    """Make the tensors that are not there yet; returns how it went, and how many were there."""
+    if place.done and not job.output.stand():
+        place.forget()
+    if not place.done:
+        job.output.create()
+    wanted = [(part, name) for part, name in job.tensors if f"{part}:{name}" not in place.done]
+    total = sum(vectors.numel for _, vectors in job.parts)
+    left = set(wanted)
+    merges = [(part, name) for part, (_, vectors) in enumerate(job.parts) for name in vectors.tensor_names]
+    made = sum(job.parts[part][1].info(name).numel for part, name in merges if (part, name) not in left)
+    last = 0.0
+
+    def progress(count: int) -> None:
+        nonlocal made, last
+        made += count
+        if on_progress and (made >= total or time.monotonic() - last > SECONDS_BETWEEN_REPORTS):
+            last = time.monotonic()
+            on_progress(min(made, total), total)
+
+    try:
+        done = carry_out(
+            job, wanted, threads, workers, lambda part, name: place.record(f"{part}:{name}"), progress
+        )
+        job.output.finish()
+    finally:
+        job.output.close()
+    if output.suffix == ".ckpt":
+        [path] = job.output.paths
+        merged = open_weights_of(path, job.output.tensors)
+        checkpoint = path.with_name("checkpoint")
+        write_checkpoint(merged, checkpoint, template)
+        os.replace(checkpoint, path)
+    return done, len(job.tensors) - len(wanted)
+
+
+def open_weights_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file that carries another suffix, in the order of ``tensors``."""
+    plain = path.with_name("weights.safetensors")
+    os.link(path, plain)
+    try:
+        source = open_weights(plain)
+        return {name: source.read(name).clone() for name in tensors}
+    finally:
+        plain.unlink()
+
+
+def _put_in_place(
+    files: Path,
+    output: Path,
     report: MergeReport,
-    method: MergeMethod,
-    transforms: Sequence[Transform],
-    sources: Mapping[str, WeightSource],
-    hashes: Mapping[str, str],
-    title: str | None,
-    results: str = "",
-) -> str:
-    """Return the model card of a finished merge."""
-    records = {
-        name: SourceRecord.of(name or "base", sources[name], sha256)
-        if name in sources
-        else SourceRecord(name, COMPUTED, sha256, None)
-        for name, sha256 in hashes.items()
-    }
-    papers = "; ".join(dict.fromkeys(step.paper for step in [*transforms, method] if step.paper))
-    return model_card(
-        title or report.output.name,
-        f"Method: {describe(method, transforms)}. Papers: {papers}.",
-        yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
-        records.pop("", None),
-        list(records.values()),
-        {"seed": str(report.recipe["seed"]), "bytes": f"{report.bytes_written:,}"},
-        results,
-    )
+    record: dict[str, Any],
+    card: str,
+    template: WeightSource,
+    companions: Mapping[str, str | bytes | Path] | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write what stands beside the weights, and give everything its name."""
+    import json
+
+    text = json.dumps(record, indent=2) + "\n"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not is_folder(output):
+        # No record may vouch for weights it does not describe, even if the process is killed between the two.
+        record_of(output).unlink(missing_ok=True)
+        os.replace(files / output.name, output)
+        write_text(record_of(output), text)
+        return
+    if companions is None:
+        if template.folder:
+            copy_companions(template.folder, files, dtype)
+    else:
+        for name, content in companions.items():
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, files / name)
+            else:
+                (files / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    write_text(files / "merge.yaml", yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
+    write_text(files / "merge.json", text)
+    write_text(files / "README.md", card)
+    replace_folder(files, output)
+
+
+class _Hashing:
+    """Digests of all sources, taken beside the merge by a thread of their own."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.sources: dict[str, WeightSource] = {}
+        self.seconds = 0.0
+        computed = {}
+        for part in parts:
+            vectors = part.task_vectors
+            if vectors.base is not None:
+                self.sources.setdefault("", vectors.base)
+            for name, vector in vectors.items():
+                if vector.finetuned is None:
+                    computed[name] = vector
+                else:
+                    self.sources.setdefault(name, vectors.models[name])
+        self._hashes = {name: sha256_of_values(vector) for name, vector in computed.items()}
+        self.fingerprints = {name: _fingerprint(source) for name, source in self.sources.items()} | self._hashes
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._hashes |= {name: sha256_of_source(source) for name, source in self.sources.items()}
+        except Exception as error:
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def result(self) -> dict[str, str]:
+        """Wait for the digests and return them; the base is called by the empty name."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return dict(sorted(self._hashes.items()))
+
+
+def _fingerprint(source: WeightSource) -> list[list[Any]]:
+    """What tells cheaply whether files have changed: their paths, sizes and times; of values in memory their digest."""
+    if not source.files:
+        return [[sha256_of_source(source)]]
+    status = [(str(path.resolve()), path.stat()) for path in source.files]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status]
+
+
+def _named(companions: Mapping[str, str | bytes | Path] | None) -> list[str] | None:
+    if companions is None:
+        return None
+    return [f"{name}:{digest(repr(content))}" for name, content in sorted(companions.items())]
+
+
+def _how(parts: Sequence[Part]) -> str:
+    """One line naming methods and papers."""
+    ways = dict.fromkeys(describe(part.method, part.transforms) for part in parts)
+    papers = dict.fromkeys(step.paper for part in parts for step in [*part.transforms, part.method] if step.paper)
+    shown = [*ways][:3] + ([f"and {len(ways) - 3} more settings"] if len(ways) > 3 else [])
+    return f"Method: {'; '.join(shown)}. Papers: {'; '.join(papers)}."
+
+
+def _check_options(num_workers: int, threads: int | None, rounding: str, device: str) -> None:
+    """Refuse options that mean nothing here.
+
+    Raises:
+        UserError: With what is accepted.
+    """
+    for name, value in (("num_workers", num_workers), ("threads", threads)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if rounding not in ("nearest", "stochastic"):
+        raise unknown("rounding", rounding, ["nearest", "stochastic"])
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise unknown("device", device, ["cpu", "cuda"])
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device '{device}' is not there: torch {torch.__version__} finds no GPU. Expected cpu.")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -217,151 +425,27 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _output_tensors(task_vectors: TaskVectors, dtype: torch.dtype | None, with_aliases: bool) -> dict[str, TensorInfo]:
-    """Shapes and dtypes of the result; tied names get their own copy where no config could tie them again."""
-    template = task_vectors.template
-    names = {name: name for name in template.tensors} | (template.aliases if with_aliases else {})
-    infos = {}
-    for name, owner in names.items():
-        info = template.tensors[owner]
-        floating = dtype is not None and info.dtype.is_floating_point
-        infos[name] = TensorInfo(info.shape, dtype) if floating and dtype else info
-    return infos
+def _output_tensors(
+    parts: Sequence[TaskVectors], dtype: torch.dtype | None, with_aliases: bool
+) -> tuple[dict[str, TensorInfo], list[dict[str, list[str]]]]:
+    """Shapes and dtypes of the result, and the output's names of each part's tensors.
 
-
-def _sha256_of_values(vector: TaskVector) -> str:
-    """Return the sha256 of a task vector that algebra made: of its values, since no file holds them."""
-    digest = hashlib.sha256()
-    for name in vector.space.tensor_names:
-        digest.update(f"{name}:{vector.space.shape(name)};".encode())
-        for start, stop in vector.space.chunks(name):
-            digest.update(vector.read(name, start, stop).contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_output(output: Path, task_vectors: TaskVectors, overwrite: bool) -> None:
-    """Refuse to write over a source, or over anything that is not an earlier merge."""
-    for source in [task_vectors.base, *task_vectors.models.values()]:
-        places = [*(source.files if source else ()), *([source.folder] if source and source.folder else [])]
-        if output.exists() and any(output.resolve() in [p.resolve(), *p.resolve().parents[:-1]] for p in places):
-            raise UserError(f"The output '{output}' is or holds a model being merged. Expected another place.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / "merge.json").is_file() or _record_of(output).is_file()
-    if not ours:
-        raise UserError(f"The output '{output}' already holds something else. Expected a new or empty place.")
-    if not overwrite:
-        raise UserError(f"The output '{output}' already holds another merge. Expected a new place, or --overwrite.")
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what killed merges into this place have left beside it."""
-    for leftover in output.parent.glob(f"{output.name}.*.partial"):
-        process = leftover.name.removeprefix(f"{output.name}.").removesuffix(".partial")
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _record_of(output: Path) -> Path:
-    """Where the provenance of a single-file output stands."""
-    return output.with_name(output.name + ".merge.json")
-
-
-def _already_there(output: Path, recipe_hash: str) -> bool:
-    record = output / "merge.json" if output.is_dir() else _record_of(output)
-    weights = output / "model.safetensors" if output.is_dir() else output
-    if not (record.is_file() and weights.is_file()):
-        return False
-    return json.loads(record.read_text(encoding="utf-8")).get("recipe_hash") == recipe_hash
-
-
-def _record(
-    report: MergeReport, identity: dict[str, Any], recipe_hash: str, sources: Mapping[str, WeightSource]
-) -> dict[str, Any]:
-    """The provenance that goes into merge.json."""
-    import safetensors
-
-    from lightning_merge import __version__
-
-    versions = {"lightning_merge": __version__, "torch": torch.__version__, "safetensors": safetensors.__version__}
-    references = {
-        name or "base": {"reference": sources[name].label if name in sources else COMPUTED, "sha256": sha256}
-        for name, sha256 in identity["sha256"].items()
-    }
-    return {
-        "recipe_hash": recipe_hash,
-        "recipe": report.recipe,
-        "sources": references,
-        "versions": {"python": platform.python_version(), **versions},
-        "seconds": round(report.seconds, 3),
-        "hashing_seconds": round(report.hashing_seconds, 3),
-        "models_merged": list(report.models),
-        "passes": report.passes,
-        "bytes_written": report.bytes_written,
-        "peak_memory_bytes": report.peak_memory_bytes,
-        "findings": [asdict(finding) for finding in report.findings],
-    }
-
-
-def _pieces(chain: Chain, infos: Mapping[str, TensorInfo], on_progress: Callable[[int, int], None] | None) -> Any:
-    """Yield every piece of the output, rounded once into its dtype."""
-    vectors = chain.task_vectors
-    names: dict[str, list[str]] = {name: [name] for name in vectors.template.tensors}
-    for alias, owner in vectors.template.aliases.items():
-        if alias in infos:
-            names[owner].append(alias)
-    for name in (*vectors.averaged_names, *vectors.copied_names):
-        values = vectors.unmerged(name).reshape(-1).to(infos[name].dtype)
-        for written in names[name]:
-            yield written, 0, values
-    done, total, last = 0, vectors.numel, 0.0
-    for name, start, values in chain.run():
-        rounded = round_to(values, infos[name].dtype, name)
-        for written in names[name]:
-            yield written, start, rounded
-        done += values.numel()
-        if on_progress and (done == total or time.monotonic() - last > SECONDS_BETWEEN_REPORTS):
-            last = time.monotonic()
-            on_progress(done, total)
-
-
-def _write_safetensors(
-    chain: Chain, infos: Mapping[str, TensorInfo], path: Path, on_progress: Callable[[int, int], None] | None
-) -> None:
-    with SafetensorsWriter(path, infos) as writer:
-        for name, start, values in _pieces(chain, infos, on_progress):
-            writer.write(name, values, start)
-
-
-def _write_checkpoint(
-    chain: Chain,
-    infos: Mapping[str, TensorInfo],
-    path: Path,
-    template: WeightSource,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write a checkpoint with the template's hyper-parameters and other tensors; optimizers no longer apply."""
-    merged = {name: torch.empty(info.numel, dtype=info.dtype) for name, info in infos.items()}
-    for name, start, values in _pieces(chain, infos, on_progress):
-        merged[name][start : start + values.numel()] = values
-    content: dict[str, Any] = {}
-    if template.files and template.files[0].suffix == ".ckpt":
-        content = read_checkpoint(template.files[0])
-    content = {k: v for k, v in content.items() if k not in {"optimizer_states", "lr_schedulers", "loops", "callbacks"}}
-    prefix = template.prefix
-    state_dict = dict(content.get("state_dict", {}))
-    state_dict.update({prefix + name: values.reshape(infos[name].shape) for name, values in merged.items()})
-    # Lightning migrates a checkpoint by the version that wrote it, and refuses one that names none.
-    defaults = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
-    with path.open("wb") as stream:  # given a path, torch would write the file's name into the file
-        torch.save({**defaults, **content, "state_dict": state_dict}, stream)
+    Tied names get their own copy where no config could tie them again.
+    """
+    infos: dict[str, TensorInfo] = {}
+    names: list[dict[str, list[str]]] = []
+    for vectors in parts:
+        template = vectors.template
+        written = {name: [name] for name in template.tensors}
+        if with_aliases:
+            for alias, owner in template.aliases.items():
+                written[owner].append(alias)
+        for owner, outputs in written.items():
+            info = template.tensors[owner]
+            floating = dtype is not None and info.dtype.is_floating_point
+            for name in outputs:
+                if name in infos:
+                    raise UserError(f"Two parts of the merge make the tensor '{name}'. Expected one.")
+                infos[name] = TensorInfo(info.shape, dtype) if floating and dtype else info
+        names.append(written)
+    return infos, names

@@ -218,7 +218,8 @@ def _merge(
                 if reached > best:
                     best, chosen, method, transforms = reached, values, candidate, steps
         report = merge(
-            method, vectors, folder, transforms, settings.seed, score=score, overwrite=True, title=spec.name,  # type: ignore[arg-type]
+            method, vectors, folder, transforms, settings.seed, score=score, overwrite=True, title=spec.name,
+            max_shard_size=None,  # type: ignore[arg-type]
         )  # fmt: skip
         (folder / "heads").mkdir()
         for task in settings.data.task_names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
+from lightning_merge.methods.schedule import ByTensor
 from lightning_merge.task_vectors import TaskVectors
 
 # What a recipe names in place of a file where algebra in Python made the task vector: such a merge cannot be read back.
@@ -22,6 +24,8 @@ def resolved_recipe(
     transforms: Sequence[Transform],
     seed: int,
     dtype: torch.dtype | None,
+    rounding: str = "nearest",
+    max_shard_size: int | str | None = None,
 ) -> dict[str, Any]:
     """Return the whole recipe as plain data, in the form that ``lightning-merge merge --config`` reads."""
     sources = [source for source in [task_vectors.base, *task_vectors.models.values()] if source]
@@ -38,15 +42,26 @@ def resolved_recipe(
         "batch_norm": task_vectors.batch_norm,
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch.") if dtype else None,
+        "rounding": rounding,
+        "max_shard_size": max_shard_size,
     }
 
 
 def as_config(step: Step) -> dict[str, Any]:
     """Return a method or transform as ``{class_path, init_args}``."""
-    values = {spec.name: getattr(step, spec.name) for spec in fields(step)} if is_dataclass(step) else {}
+    values = {spec.name: _plain(getattr(step, spec.name)) for spec in fields(step)} if is_dataclass(step) else {}
     kind = type(step)
     ours = kind.__module__.startswith("lightning_merge.methods.")
     return {"class_path": kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}", "init_args": values}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as YAML holds it."""
+    if isinstance(value, Step):
+        return as_config(value)
+    if isinstance(value, ByTensor):
+        return [{"tensors": f"^{re.escape(name)}$", "value": _plain(entry)} for name, entry in value.values.items()]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def describe(method: MergeMethod, transforms: Sequence[Transform] = ()) -> str:

@@ -179,6 +179,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         prefix: str = "",
         batch_norm: Literal["average", "base"] = "average",
         check: bool = True,
+        strict: bool = True,
     ) -> TaskVectors:
         """Open a base and its fine-tuned models, lazily and memory-mapped.
 
@@ -189,6 +190,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             prefix: For checkpoints, the part of the names to keep and drop (``model.``).
             batch_norm: ``"average"`` BatchNorm statistics over the models, or keep the ``"base"``'s.
             check: Also judge from a sample of values whether the models share the base (a finding, never an error).
+            strict: Raise what speaks against a merge; otherwise it stands among the ``findings`` as an ERROR.
 
         Raises:
             UserError: No model, or models whose keys, shapes or dtypes do not fit; before any tensor is merged.
@@ -199,7 +201,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         opened_base = open_weights(base, prefix) if base is not None else None
         findings = find_incompatibilities(opened_base, opened, ignore, sample=check)
         errors = [finding.message for finding in findings if finding.level == "ERROR"]
-        if errors:
+        if errors and strict:
             raise UserError("\n".join(errors))
         template = opened_base if opened_base is not None else opened[min(opened)]
         vectors = cls(opened_base, template, models=opened, ignore=ignore, batch_norm=batch_norm)
@@ -233,6 +235,17 @@ class TaskVectors(Mapping[str, TaskVector]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._vectors
+
+    @property
+    def sources(self) -> list[WeightSource]:
+        """The base, if any, and the models."""
+        return [*([self.base] if self.base else []), *self.models.values()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Task vectors of files are rules that are made again elsewhere; those of algebra are closures.
+        if any(vector.finetuned is None for vector in self.values()) or set(self) != set(self.models):
+            raise TypeError("task vectors that were computed in Python hold no files to open elsewhere")
+        return _reopened, (self.base, self.template, self.models, self.ignore, self.batch_norm)
 
     def subset(self, names: Sequence[str]) -> TaskVectors:
         """Return the set of the named models only."""
@@ -421,3 +434,13 @@ class TaskVectors(Mapping[str, TaskVector]):
             else:
                 merged.append(name)
         return tuple(merged), tuple(averaged), tuple(copied)
+
+
+def _reopened(
+    base: WeightSource | None,
+    template: WeightSource,
+    models: Mapping[str, WeightSource],
+    ignore: Sequence[str],
+    batch_norm: Literal["average", "base"],
+) -> TaskVectors:
+    return TaskVectors(base, template, models=models, ignore=ignore, batch_norm=batch_norm)

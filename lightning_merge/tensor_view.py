@@ -119,6 +119,10 @@ class TensorView:
         view.merged = merged
         return view
 
+    def on(self, device: torch.device) -> TensorView:
+        """Return the same piece with its tensors on ``device``; what is read passes the host."""
+        return _ViewOnDevice(self, device)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the piece: whole rows where it holds some, else flat."""
@@ -131,6 +135,37 @@ class TensorView:
 
     def __repr__(self) -> str:
         return f"TensorView('{self.name}', {self.start}:{self.stop}, models={self.models})"
+
+
+class _ViewOnDevice(TensorView):
+    """A piece whose tensors are copied to a device when asked for."""
+
+    def __init__(self, host: TensorView, device: torch.device) -> None:
+        self.__dict__.update({key: value for key, value in host.__dict__.items() if key in _IDENTITY})
+        self._host, self._device = host, device
+        self.merged = None if host.merged is None else host.merged.to(device)
+
+    @cached_property
+    def base(self) -> Tensor:
+        return self._host.base.to(self._device)
+
+    @cached_property
+    def finetuned(self) -> Tensor:
+        return self._host.finetuned.to(self._device)
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        return self._host.deltas.to(self._device)
+
+    def delta_rows(self) -> Iterator[Tensor]:
+        yield from self.deltas
+
+    @property
+    def original(self) -> TensorView:
+        return self if self._host.original is self._host else self._host.original.on(self._device)
+
+
+_IDENTITY = ("name", "start", "stop", "info", "models", "_space")
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lightning_merge import TaskVectors, merge, tensor_view
 from lightning_merge.cli import main
 from lightning_merge.errors import UserError
+from lightning_merge.journal import Workplace
 from lightning_merge.methods import (
     Breadcrumbs,
     Dare,
@@ -28,8 +29,8 @@ from lightning_merge.methods import (
     TaskArithmetic,
     Ties,
 )
-from lightning_merge.methods import streaming as streaming_module
-from lightning_merge.weights import SafetensorsWriter, save_safetensors
+from lightning_merge.weights import save_safetensors
+from lightning_merge.weights.output_files import OutputFiles
 
 
 @pytest.fixture
@@ -322,23 +323,83 @@ def test_a_source_with_nan_is_named_and_nothing_is_written(
     assert listing(tmp_path) == before
 
 
+def interrupted(error: type[BaseException], after: int = 0) -> Any:
+    """A report of progress that stops the merge once some entries are written."""
+
+    def interrupt(done: int, total: int) -> None:
+        assert 0 < done <= total
+        if done > after:
+            raise error
+
+    return interrupt
+
+
 @pytest.mark.parametrize("name", ["out", "out.safetensors", "out.ckpt"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-def test_an_interruption_leaves_the_earlier_merge_as_it_was(
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_an_error_leaves_the_earlier_merge_as_it_was(
     tmp_path: Path, three: TaskVectors, name: str, error: type[BaseException]
 ) -> None:
-    def interrupt(done: int, total: int) -> None:
-        assert 0 < done < total
-        raise error
-
     with pytest.raises(error):
-        merge(TaskArithmetic(), three, tmp_path / name, on_progress=interrupt)
+        merge(TaskArithmetic(), three, tmp_path / name, on_progress=interrupted(error))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     merge(TaskArithmetic(), three, tmp_path / name)
     before = listing(tmp_path)
     with pytest.raises(error):
-        merge(Ties(), three, tmp_path / name, overwrite=True, on_progress=interrupt)
+        merge(Ties(), three, tmp_path / name, overwrite=True, on_progress=interrupted(error))
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors", "out.ckpt"])
+def test_an_interrupted_merge_goes_on_where_it_stopped(
+    tmp_path: Path, three: TaskVectors, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_merge.merging.SECONDS_BETWEEN_REPORTS", -1)
+    merge(TaskArithmetic(), three, tmp_path / "straight" / name)
+    stop = interrupted(KeyboardInterrupt, after=three.numel // 2)
+    with pytest.raises(KeyboardInterrupt):
+        merge(TaskArithmetic(), three, tmp_path / name, threads=1, on_progress=stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", f"{name}.partial", "straight"]
+    seen: list[int] = []
+    report = merge(TaskArithmetic(), three, tmp_path / name, on_progress=lambda done, _: seen.append(done))
+    assert 0 < report.resumed_tensors < len(three.template.tensors) and seen[0] > three.numel // 3
+    assert sorted(path.name for path in (tmp_path / "straight").iterdir()) == sorted(
+        path.name for path in tmp_path.iterdir() if path.name.startswith("out")
+    )
+    for path in [tmp_path / name, *(tmp_path / name).rglob("*.safetensors")]:
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "straight" / path.relative_to(tmp_path)).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["recipe", "source", "boot", "file"])
+def test_what_was_begun_counts_only_for_the_very_same_merge(
+    tmp_path: Path, three: TaskVectors, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_merge.merging.SECONDS_BETWEEN_REPORTS", -1)
+    stop = interrupted(KeyboardInterrupt, after=three.numel // 2)
+    with pytest.raises(KeyboardInterrupt):
+        merge(TaskArithmetic(), three, tmp_path / "out", threads=1, on_progress=stop)
+    method, vectors = TaskArithmetic(), three
+    if change == "recipe":
+        method = TaskArithmetic(scale=0.5)
+    elif change == "source":
+        save_safetensors(nudged(weights(), 9), tmp_path / "in" / "sun.safetensors")
+        vectors = TaskVectors.open(three.base, {n: tmp_path / "in" / f"{n}.safetensors" for n in ("cars", "sun")})
+    elif change == "boot":
+        monkeypatch.setattr("lightning_merge.journal._boot", lambda: "another")
+    else:
+        begun = tmp_path / "out.partial" / "files" / "model.safetensors"
+        begun.write_bytes(begun.read_bytes()[:-1])
+    assert merge(method, vectors, tmp_path / "out").resumed_tensors == 0
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), method(vectors))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_two_processes_never_merge_into_one_place(tmp_path: Path, three: TaskVectors) -> None:
+    with Workplace(tmp_path / "out", "somebody else's"):
+        with pytest.raises(UserError, match=r"Another process is merging into '.*out' right now"):
+            merge(TaskArithmetic(), three, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    merge(TaskArithmetic(), three, tmp_path / "out")
 
 
 def test_a_failure_while_writing_stops_the_merge_and_leaves_nothing(
@@ -347,7 +408,7 @@ def test_a_failure_while_writing_stops_the_merge_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    monkeypatch.setattr(OutputFiles, "write", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
         merge(TaskArithmetic(), three, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -365,14 +426,11 @@ merge(TaskArithmetic(), TaskVectors.open(base, {"a": a}), out, on_progress=kill)
 """
     done = run_python(code, base, models["cars"], tmp_path / "out")
     assert done.returncode == -9, done.stderr
-    left = [path.name for path in tmp_path.iterdir() if path.name != "in"]
-    assert len(left) == 1 and left[0].startswith("out.") and left[0].endswith(".partial")
-    rest = tmp_path / left[0]
-    shutil.copytree(rest, tmp_path / f"two.{os.getpid()}.partial")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.partial"]
+    # Another merge into this place clears it away; so does the same, which may have found something done.
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "two.partial")
     merge(TaskArithmetic(), TaskVectors.open(base, {"a": models["cars"]}), tmp_path / "out")
-    assert not rest.exists()  # the next merge into this place clears it away
-    # A process of the same number (they repeat in containers) is not in the way of its killed namesake.
-    merge(TaskArithmetic(), TaskVectors.open(base, {"a": models["cars"]}), tmp_path / "two")
+    merge(TaskArithmetic(scale=0.1), TaskVectors.open(base, {"a": models["cars"]}), tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "two"]
 
 
@@ -418,10 +476,9 @@ def test_neither_threads_nor_chunks_nor_the_order_of_models_change_a_byte(
 ) -> None:
     base, models = save_three(tmp_path / "in")
     results = []
-    for workers, listed in [(1, models), (4, dict(reversed(models.items())))]:
-        monkeypatch.setattr(streaming_module.os, "cpu_count", lambda workers=workers: workers)
-        out = tmp_path / f"{workers}.safetensors"
-        merge(method, TaskVectors.open(base, listed), out, transforms)
+    for threads, listed in [(1, models), (4, dict(reversed(models.items())))]:
+        out = tmp_path / f"{threads}.safetensors"
+        merge(method, TaskVectors.open(base, listed), out, transforms, threads=threads)
         results.append(out.read_bytes())
     chunks = TaskVectors.chunks
     monkeypatch.setattr(TaskVectors, "chunks", lambda self, name, size=tensor_view.GRID: chunks(self, name, size))
@@ -453,6 +510,119 @@ for name in ("m.safetensors", "m.ckpt", "folder"):
     assert (tmp_path / "here.safetensors").read_bytes() == written[0]["m.safetensors"]
 
 
+@pytest.mark.parametrize(("method", "transforms"), EVERY_REACH)
+def test_two_processes_write_the_bytes_of_one(
+    tmp_path: Path, three: TaskVectors, method: MergeMethod, transforms: list[Any]
+) -> None:
+    merge(method, three, tmp_path / "one", transforms)
+    seen: list[int] = []
+    report = merge(
+        method, three, tmp_path / "two", transforms, num_workers=2, on_progress=lambda done, _: seen.append(done)
+    )
+    expected, found = listing(tmp_path / "one"), listing(tmp_path / "two")
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    assert report.passes == json.loads((tmp_path / "one" / "merge.json").read_text())["passes"]
+    assert seen[-1] == three.numel and sorted(seen) == seen
+
+
+def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path) -> None:
+    base, models = save_three(tmp_path / "in")
+    broken = load_file(models["sun"])
+    broken["layer.weight"][3, 5] = float("nan")
+    save_safetensors(broken, models["sun"])
+    with pytest.raises(UserError, match=r"Tensor 'layer.weight' of '.*sun.safetensors' holds NaN"):
+        merge(Ties(), TaskVectors.open(base, models), tmp_path / "out", num_workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_values_of_algebra_cannot_be_shared_out(tmp_path: Path, three: TaskVectors) -> None:
+    negated = TaskVectors.of(three, {"cars": -three["cars"]})
+    with pytest.raises(UserError, match=r"cannot be shared out over processes .*--num_workers 1"):
+        merge(TaskArithmetic(), negated, tmp_path / "out", num_workers=2)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_same_tensors_and_load(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    base = save_bert(tmp_path / "base")
+    vectors = TaskVectors.open(base, {"a": save_finetuned(tmp_path / "a", base, 1, "1GB")})
+    merge(TaskArithmetic(), vectors, tmp_path / "one")
+    merge(TaskArithmetic(), vectors, tmp_path / "many", max_shard_size="20KB", num_workers=2)
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == one.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in one.values())
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for name in files:
+        held = load_file(tmp_path / "many" / name)
+        assert held.keys() == {key for key, file in index["weight_map"].items() if file == name}
+        assert all(torch.equal(value, one[key]) for key, value in held.items())
+        assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= 20_000
+    assert same(AutoModel.from_pretrained(tmp_path / "many").state_dict(), AutoModel.from_pretrained(tmp_path / "one").state_dict())
+    assert TaskVectors.open(tmp_path / "many", {"a": tmp_path / "one"})["a"].norm() == 0
+
+
+@pytest.mark.parametrize("size", ["five", "0GB", "-1", "5 apples"])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, three: TaskVectors, size: str) -> None:
+    with pytest.raises(UserError, match=r"is no size. Expected a number of bytes, or one such as 5GB"):
+        merge(TaskArithmetic(), three, tmp_path / "out", max_shard_size=size)
+
+
+def test_a_disk_too_small_is_noticed_before_any_work(
+    tmp_path: Path, three: TaskVectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_merge.planning._free", lambda output: 1000)
+    message = r"The output takes .* MB and the disk of '.*out' has 0.0 MB left"
+    report = merge(TaskArithmetic(), three, tmp_path / "out", dry_run=True)
+    assert [finding.level for finding in report.findings if "disk" in finding.message] == ["ERROR"]
+    with pytest.raises(UserError, match=message):
+        merge(TaskArithmetic(), three, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    "method", [TaskArithmetic(), Ties(scope="tensor", density=0.999), SimpleAverage()], ids=lambda m: type(m).__name__
+)
+def test_the_plan_foretells_what_is_read(tmp_path: Path, three: TaskVectors, method: MergeMethod) -> None:
+    foreseen = merge(method, three, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists() and foreseen.plan is not None
+    done = merge(method, three, tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert foreseen.bytes_written == done.bytes_written <= written
+    if isinstance(method, TaskArithmetic):
+        merged = sum(three.info(name).nbytes for name in three.tensor_names)
+        assert done.bytes_read == 3 * merged and done.bytes_read <= foreseen.bytes_read
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_keeps_small_updates_on_average(tmp_path: Path) -> None:
+    """bf16 near 1 has steps of 2⁻⁷: a merged change of a twentieth of that is lost by rounding to the nearest."""
+    count = 200_000
+    base = {"norm.weight": torch.ones(count, dtype=torch.bfloat16)}
+    model = {"norm.weight": torch.full((count,), 1 + 2**-7, dtype=torch.bfloat16)}
+    vectors = TaskVectors.open(base, {"a": model}, check=False)
+    for rounding in ("nearest", "stochastic"):
+        merge(TaskArithmetic(scale=0.05), vectors, tmp_path / f"{rounding}.safetensors", rounding=rounding, seed=3)
+    nearest, stochastic = (
+        load_file(tmp_path / f"{rounding}.safetensors")["norm.weight"].double() for rounding in ("nearest", "stochastic")
+    )
+    assert (nearest == 1).all()
+    assert set(stochastic.unique().tolist()) == {1.0, 1 + 2**-7}
+    moved = (stochastic > 1).double().mean().item()
+    assert abs(moved - 0.05) < 5 * (0.05 * 0.95 / count) ** 0.5
+    merge(TaskArithmetic(scale=0.05), vectors, tmp_path / "again.safetensors", rounding="stochastic", seed=3)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "stochastic.safetensors").read_bytes()
+    # What bf16 holds exactly stays as it is.
+    merge(TaskArithmetic(scale=1.0), vectors, tmp_path / "exact.safetensors", rounding="stochastic")
+    assert torch.equal(load_file(tmp_path / "exact.safetensors")["norm.weight"], model["norm.weight"])
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +647,6 @@ def test_pieces_are_let_go_as_the_merge_goes_on(
         weakref.finalize(self, alive.discard, id(self))
 
     monkeypatch.setattr(tensor_view.TensorView, "__init__", counting)
-    monkeypatch.setattr(streaming_module.os, "cpu_count", lambda: 2)
-    merge(method, vectors, tmp_path / "out.safetensors", transforms)
+    merge(method, vectors, tmp_path / "out.safetensors", transforms, threads=2)
     assert made >= 60 * (len(transforms) + 1)
     assert most <= 2 * 2 * (len(transforms) + 1)  # a few for each of the two threads, never one for each tensor

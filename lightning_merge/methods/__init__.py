@@ -10,9 +10,11 @@ from typing import Any
 
 from lightning_merge.methods.base import MergeMethod as MergeMethod
 from lightning_merge.methods.base import ModelMerge as ModelMerge
+from lightning_merge.methods.base import Refinement as Refinement
 from lightning_merge.methods.base import Step as Step
 from lightning_merge.methods.base import TensorMerge as TensorMerge
 from lightning_merge.methods.base import Transform as Transform
+from lightning_merge.methods.schedule import ByTensor as ByTensor
 
 for _file in pkgutil.iter_modules(__path__):
     for _name, _kind in vars(importlib.import_module(f"{__name__}.{_file.name}")).items():
@@ -20,7 +22,7 @@ for _file in pkgutil.iter_modules(__path__):
             globals()[_name] = _kind
 
 __all__ = sorted(
-    {"MergeMethod", "ModelMerge", "Step", "TensorMerge", "Transform", "available_methods"}
+    {"ByTensor", "MergeMethod", "ModelMerge", "Refinement", "Step", "TensorMerge", "Transform", "available_methods"}
     | {name for name, kind in globals().items() if inspect.isclass(kind) and issubclass(kind, MergeMethod)}
 )
 

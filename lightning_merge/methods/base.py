@@ -65,6 +65,12 @@ class Step(ABC):
     max_models: ClassVar[int | None] = None
     needs_statistics: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
+    # Whether ``apply`` is plain torch on the view's tensors, so that they may lie on an accelerator.
+    device_ready: ClassVar[bool] = False
+    # For plans: fp32 copies of a piece of all models that ``apply`` holds at once, and the share of the entries that
+    # measuring keeps.
+    tensor_copies: ClassVar[float] = 3.0
+    kept_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -94,6 +100,11 @@ class Step(ABC):
     def elementwise(self) -> bool:
         """Whether an output entry depends on the same entry of the inputs only."""
         return type(self).measure is Step.measure
+
+    @property
+    def measuring_passes(self) -> float:
+        """How many passes over its reach a step usually measures before it is applied; for plans."""
+        return 0.0 if self.elementwise else 1.0
 
     def check(self, task_vectors: TaskVectors) -> None:
         """Check the models against what the step can do, from headers alone.

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lightning_merge.methods.base import (
     Step,
     Transform,
 )
+from lightning_merge.methods.random import uniform
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.tensor_view import TensorView
 
@@ -44,14 +45,21 @@ class Chain:
         task_vectors: The models.
         seed: Of the steps that draw at random.
         threads: How many work side by side; as many as there are cores by default.
+        device: Where steps that are ``device_ready`` compute; the others, and all reading, stay on the host.
 
     Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
     a few pieces of 2¹⁷ entries of T models for each thread.
     """
 
     def __init__(
-        self, steps: Sequence[Step], task_vectors: TaskVectors, seed: int = 0, threads: int | None = None
+        self,
+        steps: Sequence[Step],
+        task_vectors: TaskVectors,
+        seed: int = 0,
+        threads: int | None = None,
+        device: str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
         self.threads = threads or os.cpu_count() or 1
         self.passes = 0
@@ -92,7 +100,13 @@ class Chain:
 
     def _apply_last(self, view: TensorView, contexts: dict[int, Context]) -> tuple[str, int, Tensor]:
         last = len(self.steps) - 1
-        return view.name, view.start, self.step(last, view.name).apply(view, contexts[last])
+        return view.name, view.start, self._apply(last, view, contexts)
+
+    def _apply(self, position: int, view: TensorView, contexts: dict[int, Context]) -> Tensor:
+        step = self.step(position, view.name)
+        if self.device.type == "cpu" or not step.device_ready:
+            return step.apply(view, contexts[position])
+        return step.apply(view.on(self.device), contexts[position]).cpu()
 
     def _measure_model(
         self, index: int, step: Step, measured: Sequence[str] | None, exchange: Exchange | None
@@ -168,7 +182,7 @@ class Chain:
         view = self.task_vectors.view(name, *at)
         for position in range(index):
             step = self.step(position, name)
-            values = step.apply(view, contexts[position])
+            values = self._apply(position, view, contexts)
             view = view.with_deltas(values) if isinstance(step, Transform) else view.with_merged(values)
         return view
 
@@ -253,6 +267,37 @@ def resolve(
         reduced, chosen = method.plan(task_vectors, transforms, score, seed)
         return [*transforms, reduced], chosen
     return [*transforms, method], task_vectors
+
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+def rounded(
+    values: Tensor, dtype: torch.dtype, name: str, start: int = 0, rounding: Rounding = "nearest", seed: int = 0
+) -> Tensor:
+    """Round merged values once, into the dtype they are kept in.
+
+    Args:
+        values: A flat piece, fp32 or fp64.
+        dtype: Of the output.
+        name: Of the tensor, for messages and draws.
+        start: First flat index of the piece.
+        rounding: To the ``nearest`` number, or ``stochastic``: to one of the two neighbours, to the nearer one with
+            the greater probability, so that the expectation is the value itself. bf16 only; the rest is exact anyway
+            or has bits enough.
+        seed: Of the stochastic rounding.
+
+    Raises:
+        UserError: A value lies beyond what fp16 holds.
+    """
+    if rounding == "nearest" or dtype != torch.bfloat16:
+        return round_to(values, dtype, name)
+    # bf16 is the upper half of fp32: a random number below the lower half's range carries with the right probability.
+    bits = values.to(torch.float32).view(torch.int32)
+    words = uniform(seed, "rounding", name, start, start + values.numel()).mul_(1 << 16).to(torch.int32)
+    carried = (bits + words).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    # Beyond the largest bf16 the carry would reach infinity.
+    return torch.where(carried.isfinite(), carried, values.to(dtype))
 
 
 def round_to(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -41,6 +41,7 @@ class WeightSource(ABC):
         files: The files that hold the values.
         metadata: Free text the file carries about itself.
         prefix: What was dropped from the names of the file.
+        inner: The sources that a view reads from.
     """
 
     label: str
@@ -51,6 +52,14 @@ class WeightSource(ABC):
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = {}
     prefix: str = ""
+    # The sources that this one reads from, where it is a view of others.
+    inner: tuple[WeightSource, ...] = ()
+    _bytes_read: int = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far, piece by piece."""
+        return self._bytes_read + sum(source.bytes_read for source in self.inner)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -151,6 +160,7 @@ class SafetensorsSource(WeightSource):
                 if not count:
                     raise OSError("the file ends before the tensor does")
                 place, position = place[count:], position + count
+                self._bytes_read += count  # threads may lose a count: it is for reports
         except OSError as error:
             raise UserError(
                 f"Tensor '{name}' cannot be read from '{file}' ({error}). Expected an undamaged safetensors file."

@@ -19,6 +19,35 @@ from lightning_merge.weights.tensor_info import SAFETENSORS_DTYPES, TensorInfo
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+def safetensors_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
+    """Return a file's header, where in the file each tensor begins, and the file's size in bytes.
+
+    Raises:
+        UserError: A dtype that safetensors cannot hold.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offsets: dict[str, int] = {}
+    offset = 0
+    # Widest types first keeps every tensor aligned to its own item size.
+    for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):
+        info = tensors[name]
+        if info.dtype not in _DTYPE_NAMES:
+            raise UserError(f"Tensor '{name}' has dtype {info.dtype}, which safetensors cannot hold.")
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offsets[name] = offset
+        offset += info.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    begin = 8 + len(encoded)
+    return struct.pack("<Q", len(encoded)) + encoded, {name: begin + at for name, at in offsets.items()}, begin + offset
+
+
 class SafetensorsWriter:
     """Write tensors, or flat pieces of them, in any order; the file appears under its name only when complete.
 
@@ -39,32 +68,15 @@ class SafetensorsWriter:
     ) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self._offsets: dict[str, int] = {}
         self._tensors = dict(tensors)
         self._missing = {name: info.numel for name, info in tensors.items()}
         # Threads that finish chunks of one tensor at once share this count.
         self._counting = threading.Lock()
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        offset = 0
-        # Widest types first keeps every tensor aligned to its own item size.
-        for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):
-            info = tensors[name]
-            if info.dtype not in _DTYPE_NAMES:
-                raise UserError(f"Tensor '{name}' has dtype {info.dtype}, which safetensors cannot hold.")
-            header[name] = {
-                "dtype": _DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            self._offsets[name] = offset
-            offset += info.nbytes
-        encoded = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._data_start = 8 + len(encoded)
+        header, self._offsets, end = safetensors_header(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.pwrite(self._file, struct.pack("<Q", len(encoded)) + encoded, 0)
-        os.truncate(self._file, self._data_start + offset)
+        os.pwrite(self._file, header, 0)
+        os.truncate(self._file, end)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Write ``values``, flattened, into tensor ``name`` from its flat index ``start`` on; safe from any thread."""
@@ -74,7 +86,7 @@ class SafetensorsWriter:
                 f"'{name}' announced {info}, got {values.numel()} entries of {values.dtype} at index {start}."
             )
         data = memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        position = self._data_start + self._offsets[name] + start * info.dtype.itemsize
+        position = self._offsets[name] + start * info.dtype.itemsize
         while data:
             written = os.pwrite(self._file, data, position)
             data, position = data[written:], position + written

@@ -1,0 +1,114 @@
+"""What a merge will take, from headers alone: passes, bytes read and written, memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_merge.execution import Job
+from lightning_merge.methods.base import Step
+from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.tensor_view import CHUNK
+from lightning_merge.weights import Finding
+
+# Entries held of one piece for each model and step, in multiples of the piece: read, computed, and on their way out.
+_COPIES = 3.0
+# What the interpreter, torch and this package hold before any piece (private memory), measured.
+_START = 170 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will take.
+
+    Attributes:
+        passes: Each pass over the weights, in words.
+        bytes_read: Of all inputs together, over all passes.
+        bytes_written: Of the weights.
+        peak_memory_bytes: Private memory of all processes together; pages of the files that the system keeps in its
+            cache come on top and go when they are needed.
+        disk_free: At the output's place, if it can be told.
+        findings: What was noted about the models and the plan.
+    """
+
+    passes: list[str]
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+    disk_free: int | None
+    findings: list[Finding] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"pass {number}: {text}" for number, text in enumerate(self.passes, 1)]
+        free = "" if self.disk_free is None else f" ({self.disk_free / 1e6:,.1f} MB are free)"
+        return "\n".join(
+            [
+                *lines,
+                f"reads {self.bytes_read / 1e6:,.1f} MB, writes {self.bytes_written / 1e6:,.1f} MB{free}",
+                f"peak memory about {self.peak_memory_bytes / 1e6:,.0f} MB",
+            ]
+        )
+
+
+def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[Finding]) -> Plan:
+    """Foresee a merge; see :class:`Plan`."""
+    passes: list[str] = []
+    read = 0
+    held = 0.0
+    for number, (steps, vectors) in enumerate(job.parts):
+        where = f" (part {number + 1} of {len(job.parts)})" if len(job.parts) > 1 else ""
+        merged = sum(
+            source.tensors[stored].nbytes
+            for source in vectors.sources
+            for name in vectors.tensor_names
+            if (stored := source.stored_name(name)) is not None
+        )
+        for step in steps:
+            measuring = step.measuring_passes
+            if not measuring:
+                continue
+            reach = "the whole model" if step.reach == "model" else "each tensor, just before it is used"
+            passes.append(f"{type(step).__name__} measures {reach}: {measuring:g} × {merged / 1e6:,.1f} MB{where}")
+            read += round(measuring * merged)
+        passes.append(f"merge and write: {merged / 1e6:,.1f} MB read{where}")
+        read += merged
+        held = max(held, _held(steps, vectors, threads * workers))
+    copied = sum(
+        vectors.info(name).nbytes for _, vectors in job.parts for name in (*vectors.averaged_names, *vectors.copied_names)
+    )
+    free = _free(output)
+    found = list(findings)
+    if free is not None and job.output.nbytes > free:
+        found.append(
+            Finding(
+                "ERROR",
+                f"The output takes {job.output.nbytes / 1e6:,.1f} MB and the disk of '{output}' has "
+                f"{free / 1e6:,.1f} MB left. Expected another place, or a smaller dtype.",
+            )
+        )
+    return Plan(
+        passes, read + copied, job.output.nbytes, round(held) + _START * (workers + (workers > 1)), free, found
+    )
+
+
+def _held(steps: Sequence[Step], vectors: TaskVectors, threads: int) -> float:
+    """Bytes of pieces and of what measuring keeps."""
+    largest = max((vectors.info(name).numel for name in vectors.tensor_names), default=0)
+    layouts = {step.layout for step in steps}
+    row = max(
+        (vectors.info(n).numel // (vectors.shape(n) or (1,))[0] for n in vectors.tensor_names if vectors.info(n).numel),
+        default=0,
+    )
+    piece = largest if "tensor" in layouts else min(largest, max(CHUNK, row if "rows" in layouts else 0))
+    copies = max([_COPIES * len(steps), *(step.tensor_copies for step in steps)])
+    pieces = 4.0 * piece * (len(vectors) + 1) * copies * threads + 4.0 * piece * (2 * threads + 1)
+    kept = sum(step.kept_share * (vectors.numel if step.reach == "model" else largest * threads) for step in steps)
+    return pieces + 4.0 * kept * len(vectors)
+
+
+def _free(output: Path) -> int | None:
+    """Bytes left on the disk on which the output will stand."""
+    place = next((parent for parent in [output.absolute(), *output.absolute().parents] if parent.exists()), None)
+    return shutil.disk_usage(place).free if place else None
