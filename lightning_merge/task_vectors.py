@@ -335,7 +335,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         if vector.finetuned is None or source is None:
             out.copy_(vector.read(name, start, stop))
         else:
-            out.copy_(self._stored(source, name, start, stop)).sub_(base)
+            source.read_into(out, self._stored_name(source, name), start)
+            out.sub_(base)
 
     def read_finetuned_into(self, out: Tensor, model: str, name: str, start: int, stop: int) -> None:
         """Write a flat piece of a model's weights into ``out``; see :meth:`read_delta_into`."""
@@ -343,13 +344,13 @@ class TaskVectors(Mapping[str, TaskVector]):
         if vector.finetuned is None or source is None:
             out.copy_(self.read_finetuned(model, name, start, stop))
         else:
-            out.copy_(self._stored(source, name, start, stop))
+            source.read_into(out, self._stored_name(source, name), start)
 
     def read_base_unchecked(self, name: str, start: int, stop: int) -> Tensor:
         """Return a flat piece of θ₀ whose entries may not be finite."""
         if self.base is None:
             raise UserError("Task vectors need a base (τ = θ − θ₀), and none is given. Expected base=... (--base ...).")
-        return self._stored(self.base, name, start, stop).to("cpu", self.compute_dtype(name))
+        return self._read(self.base, name, start, stop)
 
     def refuse_infinite(self, values: Tensor, name: str, start: int, stop: int) -> None:
         """Check that what was made of a piece of all models is finite; if not, say which model is to blame.
@@ -399,7 +400,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         return TaskVector(self, read, finetuned)
 
     def _values(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
-        values = self._stored(source, name, start, stop).to("cpu", self.compute_dtype(name))
+        values = self._read(source, name, start, stop)
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if not math.isfinite(values.sum().item()) and not values.isfinite().all():
             what = "NaN" if values.isnan().any() else "infinity"
@@ -409,9 +410,11 @@ class TaskVectors(Mapping[str, TaskVector]):
             )
         return values
 
-    def _stored(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
-        """A flat piece as a source holds it, whichever of its tied names it uses."""
-        return source.read_flat(self._stored_name(source, name), start, stop)
+    def _read(self, source: WeightSource, name: str, start: int, stop: int) -> Tensor:
+        """A flat piece in the computing dtype, whichever of its tied names the source uses."""
+        values = torch.empty(stop - start, dtype=self.compute_dtype(name))
+        source.read_into(values, self._stored_name(source, name), start)
+        return values
 
     def _stored_name(self, source: WeightSource, name: str) -> str:
         if name in source.tensors:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,10 @@ class WeightSource(ABC):
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Return the entries ``start:stop`` of the flattened tensor, in the stored dtype; to read, not to write to."""
         return self.read(name).reshape(-1)[start:stop]
+
+    def read_into(self, out: Tensor, name: str, start: int) -> None:
+        """Write the entries of the flattened tensor from ``start`` on into ``out``, flat, in the dtype of ``out``."""
+        out.copy_(self.read_flat(name, start, start + out.numel()))
 
     def stored_name(self, name: str) -> str | None:
         """Return the name under which ``name`` is stored here (itself, or the tensor it is tied to), or ``None``."""
@@ -147,16 +152,34 @@ class SafetensorsSource(WeightSource):
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Return a flat piece in memory of its own, by one read of the file."""
-        file, info = self._file_of[name], self.tensors[name]
-        values = torch.empty(stop - start, dtype=info.dtype)
-        # Copying from the page cache into a buffer that stays in the processor's cache costs less than mapping pages.
-        place = memoryview(values.view(torch.uint8).numpy())
-        position = self._offsets[name] + start * info.dtype.itemsize
+        values = torch.empty(stop - start, dtype=self.tensors[name].dtype)
+        self._fill(memoryview(values.view(torch.uint8).numpy()), name, start)
+        return values
+
+    def read_into(self, out: Tensor, name: str, start: int) -> None:
+        """Fill ``out``; what has to be converted passes a buffer that stays in the processor's cache."""
+        dtype = self.tensors[name].dtype
+        if out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
+            self._fill(memoryview(out.view(torch.uint8).numpy()), name, start)
+            return
+        size = out.numel() * dtype.itemsize
+        if size > _SCRATCH:
+            out.copy_(self.read_flat(name, start, start + out.numel()))
+            return
+        buffer, place = _scratch()
+        self._fill(place[:size], name, start)
+        out.copy_(buffer[:size].view(dtype))
+
+    def _fill(self, place: memoryview, name: str, start: int) -> None:
+        """Read bytes of a tensor from its flat index ``start`` on."""
+        file = self._file_of[name]
+        position = self._offsets[name] + start * self.tensors[name].dtype.itemsize
         try:
             if file not in self._descriptors:
                 self._descriptors[file] = _Descriptor(file)
+            number = self._descriptors[file].number
             while place:
-                count = os.preadv(self._descriptors[file].number, [place], position)
+                count = os.preadv(number, [place], position)
                 if not count:
                     raise OSError("the file ends before the tensor does")
                 place, position = place[count:], position + count
@@ -165,11 +188,22 @@ class SafetensorsSource(WeightSource):
             raise UserError(
                 f"Tensor '{name}' cannot be read from '{file}' ({error}). Expected an undamaged safetensors file."
             ) from error
-        return values
 
     def __getstate__(self) -> dict[str, Any]:
         # A file handle does not travel to another process; it is opened again on first use.
         return {**self.__dict__, "_handles": {}, "_descriptors": {}}
+
+
+_SCRATCH = 1 << 21
+_threads = threading.local()
+
+
+def _scratch() -> tuple[Tensor, memoryview]:
+    """Return this thread's buffer, as a tensor of bytes and as the memory below it."""
+    if not hasattr(_threads, "scratch"):
+        buffer = torch.empty(_SCRATCH, dtype=torch.uint8)
+        _threads.scratch = buffer, memoryview(buffer.numpy())
+    return _threads.scratch  # type: ignore[no-any-return]
 
 
 class _Descriptor:

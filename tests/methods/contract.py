@@ -7,11 +7,15 @@ are exact in fp32 as in fp64: ranks, ties and signs are then the same for both, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -19,10 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_merge import TaskVectors
+from lightning_merge import TaskVectors, merge
 from lightning_merge.errors import UserError
 from lightning_merge.methods import MergeMethod, SimpleAverage, TaskArithmetic, Ties, Transform, WiseFT
-from lightning_merge.methods.streaming import Chain, resolve
+from lightning_merge.methods.base import Partial
+from lightning_merge.methods.streaming import Chain, add_partial, resolve
 from lightning_merge.tensor_view import GRID
 
 State = dict[str, Tensor]
@@ -288,6 +293,56 @@ class MethodContract:
         one = pieces(1)
         assert len(one) > len(SHAPES)
         assert pieces(3) == one
+
+    def test_two_workers_that_share_the_tensors_change_nothing(
+        self, row: Row, models: tuple[State, dict[str, State]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the processes of a merge do, in two threads: each measures and merges half of the tensors."""
+        in_chunks(monkeypatch, 1)
+        steps, chosen = resolve(row.step(), opened(*models), (), SEED, row.score)
+        halves = [sorted(chosen.tensor_names)[0::2], sorted(chosen.tensor_names)[1::2]]
+        barrier = threading.Barrier(2, timeout=60)
+        measured: list[Partial] = [{}, {}]
+
+        def share(number: int) -> list[tuple[str, int, bytes]]:
+            def exchange(partial: Partial) -> Partial:
+                measured[number] = partial
+                barrier.wait()
+                total: Partial = {}
+                for one in measured:
+                    add_partial(total, copy.deepcopy(one))
+                barrier.wait()
+                return total
+
+            found = Chain(steps, chosen, SEED, threads=1).run(halves[number], halves[number], exchange)
+            return [(name, start, values.numpy().tobytes()) for name, start, values in found]
+
+        alone = Chain(steps, chosen, SEED, threads=1).run()
+        expected = [(name, start, values.numpy().tobytes()) for name, start, values in alone]
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(2) as pool:
+            both = [part for shares in pool.map(share, range(2)) for part in shares]
+        torch.set_num_threads(threads)
+        assert sorted(both) == sorted(expected)
+
+    def test_interrupted_and_resumed_it_is_the_same_file(
+        self, row: Row, models: tuple[State, dict[str, State]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_merge.merging.SECONDS_BETWEEN_REPORTS", -1)
+        vectors = opened(*models)
+        options: dict[str, Any] = {"seed": SEED, "score": row.score, "threads": 1}
+        merge(row.step(), vectors, tmp_path / "straight.safetensors", **options)
+
+        def stop(done: int, total: int) -> None:
+            if done > 60:  # the small tensors come first
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            merge(row.step(), vectors, tmp_path / "resumed.safetensors", on_progress=stop, **options)
+        report = merge(row.step(), vectors, tmp_path / "resumed.safetensors", **options)
+        assert 0 < report.resumed_tensors < len(vectors.template.tensors)
+        written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("straight", "resumed")]
+        assert written[0] == written[1]
 
     # identities
 
