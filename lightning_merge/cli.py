@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ VERBS = {
     "test": "",
     "predict": "",
     "merge": "merge files or folders of weights into one",
+    "adapters": "merge PEFT adapters into one adapter",
+    "extract": "take a LoRA adapter out of a full fine-tuning",
     "evaluate": "show the table of a run, and score further models on its tasks",
     "methods": "list every merge method, or explain one",
 }
@@ -78,25 +81,38 @@ def _merge(arguments: Sequence[str]) -> int:
 
     parser = make_parser("merge", _merge.__doc__)
     parser.add_argument("--config", action="config", help="a YAML with any of these options, such as OUT/merge.yaml")
-    parser.add_argument("--method", type=MergeMethod, required=True, help="see: lightning-merge methods")
-    parser.add_argument(
-        "--transforms", type=list[MergeMethod], default=[], help="applied to the task vectors, in order"
-    )
-    parser.add_argument("--base", type=str | None, help="the pretrained model: folder, file, or owner/name@revision")
-    parser.add_argument("--models", type=dict[str, str], default={}, help="the fine-tuned models: '{cars: A, sun: B}'")
+    by_recipe = _names_recipe(arguments)
+    if by_recipe:
+        parser.add_argument("--recipe", type=str, required=True, help="a recipe of mergekit: its file, or its text")
+    else:
+        parser.add_argument("--method", type=MergeMethod, required=True, help="see: lightning-merge methods")
+        parser.add_argument(
+            "--transforms", type=list[MergeMethod], default=[], help="applied to the task vectors, in order"
+        )
+        parser.add_argument(
+            "--base", type=str | None, help="the pretrained model: folder, file, or owner/name@revision"
+        )
+        parser.add_argument(
+            "--models", type=dict[str, str], default={}, help="the fine-tuned models, or adapters: '{cars: A, sun: B}'"
+        )
+        parser.add_argument("--recipe", type=str | None, help="instead of all these: a recipe of mergekit, unchanged")
+        parser.add_argument(
+            "--ignore", type=list[str] | str, default=[], help="pattern(s) of tensors kept as the base's"
+        )
+        parser.add_argument(
+            "--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it"
+        )
+        parser.add_argument("--batch_norm", type=str, default="average", help="BatchNorm statistics: average or base")
+        parser.add_argument(
+            "--dtype", type=str | None, help="float32, bfloat16, float16 or float64; by default the base's"
+        )
     parser.add_argument("--output", type=str | None, help="a folder, a .safetensors file or a Lightning .ckpt file")
-    parser.add_argument(
-        "--ignore", type=list[str] | str, default=[], help="pattern, or list of patterns, of tensors kept as the base's"
-    )
-    parser.add_argument(
-        "--prefix", type=str, default="", help="for checkpoints: keep names with this prefix and drop it"
-    )
-    parser.add_argument("--batch_norm", type=str, default="average", help="BatchNorm statistics: average or base")
     parser.add_argument("--seed", type=int, default=0, help="of the methods that draw at random")
-    parser.add_argument("--dtype", type=str | None, help="float32, bfloat16, float16 or float64; by default the base's")
-    parser.add_argument("--rounding", type=str, default="nearest", help="into bfloat16: nearest, or stochastic (seeded)")
     parser.add_argument(
-        "--max_shard_size", type=int | str | None, default="5GB", help="of a file in the output folder; null for one file"
+        "--rounding", type=str, default="nearest", help="into bfloat16: nearest, or stochastic (seeded)"
+    )
+    parser.add_argument(
+        "--max_shard_size", type=int | str | None, default="5GB", help="of a file in the output folder; null for one"
     )
     parser.add_argument("--num_workers", type=int, default=1, help="processes; any number gives the same bytes")
     parser.add_argument("--threads", type=int | None, help="threads of each process; by default the cores are shared")
@@ -106,6 +122,12 @@ def _merge(arguments: Sequence[str]) -> int:
     options, _ = build(parser, arguments)
     if options.output is None:
         raise UserError("No output. Expected --output FOLDER (or a .safetensors or .ckpt file).")
+    how = {
+        name: getattr(options, name)
+        for name in ("seed", "overwrite", "dry_run", "max_shard_size", "num_workers", "threads", "rounding", "device")
+    }
+    if by_recipe:
+        return _merge_recipe(options.recipe, options.output, how)
     if options.batch_norm not in {"average", "base"}:
         raise unknown("batch_norm", options.batch_norm, ["average", "base"])
     ignore = [options.ignore] if isinstance(options.ignore, str) else options.ignore
@@ -122,18 +144,40 @@ def _merge(arguments: Sequence[str]) -> int:
             task_vectors,
             options.output,
             transforms=options.transforms,
-            seed=options.seed,
             dtype=options.dtype,
-            overwrite=options.overwrite,
-            dry_run=options.dry_run,
             on_progress=on_progress,
-            max_shard_size=options.max_shard_size,
-            num_workers=options.num_workers,
-            threads=options.threads,
-            rounding=options.rounding,
-            device=options.device,
+            **how,
         )
     return _tell(report, options.dry_run)
+
+
+def _names_recipe(arguments: Sequence[str]) -> bool:
+    """Tell whether a recipe of mergekit is given, on the command line or in the file given as ``--config``."""
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--recipe":
+            return True
+        if name == "--config":
+            path = Path(value or (arguments[position + 1] if position + 1 < len(arguments) else ""))
+            if path.is_file() and re.search(r"^recipe:", path.read_text(encoding="utf-8", errors="replace"), re.M):
+                return True
+    return False
+
+
+def _merge_recipe(recipe: str, output: str, how: dict[str, Any]) -> int:
+    """Merge every document of a recipe."""
+    from lightning_merge.mergekit.run import run_recipe
+
+    level = {"INFO"} if not how["dry_run"] else set()
+    with _progress("merging") as on_progress:
+        reports = run_recipe(
+            recipe,
+            output,
+            on_plan=lambda plan: _print_findings([f for f in plan.findings if f.level not in level]),
+            on_progress=on_progress,
+            **how,
+        )
+    return max(_tell(report, how["dry_run"]) for report in reports)
 
 
 def _tell(report: MergeReport, dry_run: bool) -> int:
@@ -347,9 +391,23 @@ def _lightning(arguments: Sequence[str]) -> int:
     return lightning_main(arguments)
 
 
+def _adapters(arguments: Sequence[str]) -> int:
+    from lightning_merge.adapter_verbs import adapters
+
+    return adapters(arguments)
+
+
+def _extract(arguments: Sequence[str]) -> int:
+    from lightning_merge.adapter_verbs import extract
+
+    return extract(arguments)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "merge": _merge,
+    "adapters": _adapters,
+    "extract": _extract,
     "evaluate": _evaluate,
     "methods": _methods,
 }

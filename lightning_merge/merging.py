@@ -39,7 +39,7 @@ from lightning_merge.outputs import (
 from lightning_merge.planning import Plan, plan
 from lightning_merge.recipe import describe, resolved_recipe
 from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.weights import Finding, TensorInfo, WeightSource, open_weights, sha256_of_source
+from lightning_merge.weights import Finding, TensorInfo, WeightSource, fingerprint, open_weights, sha256_of_source
 from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
 from lightning_merge.weights.output_files import OutputFiles, parse_size
 
@@ -275,9 +275,7 @@ def _make(
             on_progress(min(made, total), total)
 
     try:
-        done = carry_out(
-            job, wanted, threads, workers, lambda part, name: place.record(f"{part}:{name}"), progress
-        )
+        done = carry_out(job, wanted, threads, workers, lambda part, name: place.record(f"{part}:{name}"), progress)
         job.output.finish()
     finally:
         job.output.close()
@@ -355,7 +353,7 @@ class _Hashing:
                 else:
                     self.sources.setdefault(name, vectors.models[name])
         self._hashes = {name: sha256_of_values(vector) for name, vector in computed.items()}
-        self.fingerprints = {name: _fingerprint(source) for name, source in self.sources.items()} | self._hashes
+        self.fingerprints = {name: fingerprint(source) for name, source in self.sources.items()} | self._hashes
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -374,14 +372,6 @@ class _Hashing:
         if self._error is not None:
             raise self._error
         return dict(sorted(self._hashes.items()))
-
-
-def _fingerprint(source: WeightSource) -> list[list[Any]]:
-    """What tells cheaply whether files have changed: their paths, sizes and times; of values in memory their digest."""
-    if not source.files:
-        return [[sha256_of_source(source)]]
-    status = [(str(path.resolve()), path.stat()) for path in source.files]
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status]
 
 
 def _named(companions: Mapping[str, str | bytes | Path] | None) -> list[str] | None:

@@ -185,7 +185,7 @@ class TaskVectors(Mapping[str, TaskVector]):
 
         Args:
             base: Anything :func:`lightning_merge.weights.open_weights` opens; ``None`` for plain averages.
-            models: The fine-tuned models by name.
+            models: The fine-tuned models by name; a PEFT adapter is read as the full model over the base.
             ignore: Patterns of tensors that stay as the base has them: task heads, for example.
             prefix: For checkpoints, the part of the names to keep and drop (``model.``).
             batch_norm: ``"average"`` BatchNorm statistics over the models, or keep the ``"base"``'s.
@@ -197,8 +197,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         """
         if not models:
             raise UserError("No models to merge. Expected at least one, for example --models '{cars: path/to/cars}'.")
-        opened = {str(name): open_weights(ref, prefix) for name, ref in models.items()}
         opened_base = open_weights(base, prefix) if base is not None else None
+        opened = {str(name): _open_model(ref, opened_base, prefix) for name, ref in models.items()}
         findings = find_incompatibilities(opened_base, opened, ignore, sample=check)
         errors = [finding.message for finding in findings if finding.level == "ERROR"]
         if errors and strict:
@@ -369,9 +369,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         source = self.models.get(model)
         if source is None or self.base is None or self[model].finetuned is None:
             return self[model].read(name, start, stop)[::stride]
-        ends = [
-            held.read(self._stored_name(held, name)).reshape(-1)[start:stop:stride] for held in (source, self.base)
-        ]
+        ends = [held.read(self._stored_name(held, name)).reshape(-1)[start:stop:stride] for held in (source, self.base)]
         return ends[0].to("cpu", self.compute_dtype(name)) - ends[1].to("cpu", self.compute_dtype(name))
 
     def unmerged(self, name: str) -> Tensor:
@@ -437,6 +435,13 @@ class TaskVectors(Mapping[str, TaskVector]):
             else:
                 merged.append(name)
         return tuple(merged), tuple(averaged), tuple(copied)
+
+
+def _open_model(ref: Any, base: WeightSource | None, prefix: str) -> WeightSource:
+    """Open a model, or an adapter over the base."""
+    from lightning_merge.weights.adapters import is_adapter, open_adapter
+
+    return open_adapter(ref, base) if base is not None and is_adapter(ref) else open_weights(ref, prefix)
 
 
 def _reopened(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_merge.weights.source import sha256_of_file
+from lightning_merge.weights.hashing import sha256_of_file
 
 # Configs, vocabularies, chat templates and sentence-piece models; never weights, code or pickles.
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}

@@ -280,13 +280,18 @@ def open_weights(ref: Any, prefix: str = "") -> WeightSource:
         return MemorySource("state dict", ref)
     if not isinstance(ref, (str, Path)):
         raise UserError(f"An object of type {type(ref).__name__} holds no weights that can be opened. {ACCEPTED}")
+    from lightning_merge.weights.distributed import is_distributed, open_distributed
+    from lightning_merge.weights.quantized import refuse_quantized_file, restored
+
     path = resolve_path(ref)
     if path.is_dir():
-        return _open_folder(path, str(ref))
+        if is_distributed(path):
+            return restored(open_distributed(path, str(ref), prefix))
+        return restored(_open_folder(path, str(ref)))
+    refuse_quantized_file(path)
     if path.suffix == ".safetensors":
-        return SafetensorsSource(
-            str(ref), [path], folder=path.parent if (path.parent / "config.json").is_file() else None
-        )
+        folder = path.parent if (path.parent / "config.json").is_file() else None
+        return restored(SafetensorsSource(str(ref), [path], folder=folder))
     if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         return _open_checkpoint(path, str(ref), prefix)
     raise UserError(f"'{ref}' has the unknown suffix '{path.suffix}'. {ACCEPTED}")
@@ -356,8 +361,7 @@ def _open_folder(path: Path, label: str) -> WeightSource:
         return SafetensorsSource(label, [path / SINGLE_FILE], folder=path)
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"'{label}' is a PEFT adapter, not a full model. Merge it into its base first "
-            "(peft: model.merge_and_unload()) and save the result as safetensors."
+            f"'{label}' is a PEFT adapter, not a full model. Expected it among the --models, with its model as --base."
         )
     safetensors = sorted(path.glob("*.safetensors"))
     if len(safetensors) == 1:
@@ -415,34 +419,3 @@ def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
     if not state_dict:
         raise UserError(f"'{label}' holds no tensors. Expected a checkpoint with a state_dict.")
     return MemorySource(label, state_dict, files=(path,), prefix=prefix)
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of a file as hex; one sequential read, remembered while the file stays as it is."""
-    status = path.stat()
-    return _sha256(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sha256_of_source(source: WeightSource) -> str:
-    """Return one sha256 for a source: of its file, of its shards in name order, or of names and values in memory."""
-    if len(source.files) == 1:
-        return sha256_of_file(source.files[0])
-    digest = hashlib.sha256()
-    if source.files:
-        for file in sorted(source.files, key=lambda path: path.name):
-            digest.update(f"{file.name}:{sha256_of_file(file)};".encode())
-        return digest.hexdigest()
-    for name in sorted(source.tensors):
-        value = source.read(name).cpu().contiguous()
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

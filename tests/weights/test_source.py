@@ -361,7 +361,7 @@ def test_what_holds_no_weights_is_refused_with_what_is_accepted(tmp_path: Path, 
     with pytest.raises(UserError, match=r"holds no model.safetensors \(it holds notes.txt\)"):
         open_weights(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is a PEFT adapter, not a full model. Merge it into its base first"):
+    with pytest.raises(UserError, match=r"is a PEFT adapter, not a full model. Expected it among the --models"):
         open_weights(tmp_path)
 
 
