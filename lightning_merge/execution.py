@@ -24,7 +24,7 @@ from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Partial, Step
 from lightning_merge.methods.streaming import Chain, Exchange, Rounding, add_partial, rounded
 from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.weights import peak_memory_bytes
+from lightning_merge.weights import private_memory_bytes
 from lightning_merge.weights.output_files import OutputFiles
 
 
@@ -63,9 +63,12 @@ class Job:
         return [(number, name) for number, names in enumerate(self.names) for name in names]
 
 
+PIECES_BETWEEN_LOOKS = 32
+
+
 @dataclass
 class Done:
-    """What carrying out a job took."""
+    """What carrying out a job took; memory is private memory, sampled."""
 
     passes: int = 0
     bytes_read: int = 0
@@ -115,6 +118,7 @@ def _make(
     sources = {id(source): source for _, vectors in job.parts for source in vectors.sources}
     before = sum(source.bytes_read for source in sources.values())
     active = frozenset(number for number, _ in wanted) if active is None else active
+    count = 0
     for number, (steps, vectors) in enumerate(job.parts):
         if number not in active:
             continue
@@ -129,9 +133,13 @@ def _make(
                 on_entries(values.numel())
             if last:
                 on_done(number, name)
+            # Pages of files that the system keeps mapped are not counted: it takes them back when it needs them.
+            if count % PIECES_BETWEEN_LOOKS == 0:
+                done.peak_memory_bytes = max(done.peak_memory_bytes, private_memory_bytes())
+            count += 1
         done.passes = max(done.passes, chain.passes)
     done.bytes_read = sum(source.bytes_read for source in sources.values()) - before
-    done.peak_memory_bytes = peak_memory_bytes()
+    done.peak_memory_bytes = max(done.peak_memory_bytes, private_memory_bytes())
     return done
 
 
@@ -233,7 +241,7 @@ def _in_processes(
                 found.clear()
                 for connection in connections:
                     connection.send(everything)
-        total.peak_memory_bytes += peak_memory_bytes()
+        total.peak_memory_bytes += private_memory_bytes()
         return total
     finally:
         for connection, process in started:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from lightning_merge.errors import UserError, unknown
@@ -37,7 +36,7 @@ from lightning_merge.outputs import (
     write_checkpoint,
 )
 from lightning_merge.planning import Plan, plan
-from lightning_merge.recipe import describe, resolved_recipe
+from lightning_merge.recipe import describe, resolved_recipe, to_yaml
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import Finding, TensorInfo, WeightSource, fingerprint, open_weights, sha256_of_source
 from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
@@ -209,10 +208,10 @@ def merge_parts(
 
     hashing = _Hashing(parts)
     identity = {"recipe": recipe, "models": list(report.models), "companions": _named(companions)}
-    if record_of(output).is_file() and not overwrite:
-        if holds(output, digest({**identity, "sha256": hashing.result()})):
-            remove_leftovers(output)
-            return MergeReport(output, recipe, already_there=True, hashing_seconds=hashing.seconds)
+    known = record_of(output).is_file() and not overwrite
+    if known and holds(output, digest({**identity, "sha256": hashing.result()})):
+        remove_leftovers(output)
+        return MergeReport(output, recipe, already_there=True, hashing_seconds=hashing.seconds)
     refuse_other_content(output, every, overwrite)
     too_little = [finding.message for finding in foreseen.findings if finding.level == "ERROR"]
     if too_little:
@@ -330,7 +329,7 @@ def _put_in_place(
                 shutil.copyfile(content, files / name)
             else:
                 (files / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    write_text(files / "merge.yaml", yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
+    write_text(files / "merge.yaml", to_yaml(report.recipe))
     write_text(files / "merge.json", text)
     write_text(files / "README.md", card)
     replace_folder(files, output)

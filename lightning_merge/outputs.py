@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.recipe import COMPUTED
+from lightning_merge.recipe import COMPUTED, to_yaml
 from lightning_merge.task_vectors import TaskVector
 from lightning_merge.weights import WeightSource, read_checkpoint
 from lightning_merge.weights.card import SourceRecord, model_card
@@ -124,7 +123,7 @@ def card_text(
     return model_card(
         title or report.output.name,
         how,
-        yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+        to_yaml(report.recipe),
         records.pop("", None),
         list(records.values()),
         {"seed": str(report.recipe.get("seed", 0)), "bytes": f"{report.bytes_written:,}"},

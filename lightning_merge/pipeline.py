@@ -218,9 +218,16 @@ def _merge(
                 if reached > best:
                     best, chosen, method, transforms = reached, values, candidate, steps
         report = merge(
-            method, vectors, folder, transforms, settings.seed, score=score, overwrite=True, title=spec.name,
-            max_shard_size=None,  # type: ignore[arg-type]
-        )  # fmt: skip
+            method,
+            vectors,
+            folder,
+            transforms,  # type: ignore[arg-type]
+            settings.seed,
+            score=score,
+            overwrite=True,
+            title=spec.name,
+            max_shard_size=None,
+        )
         (folder / "heads").mkdir()
         for task in settings.data.task_names:
             shutil.copyfile(head_path(output, task), folder / "heads" / f"{task}.safetensors")

@@ -76,7 +76,9 @@ def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[
         read += merged
         held = max(held, _held(steps, vectors, threads * workers))
     copied = sum(
-        vectors.info(name).nbytes for _, vectors in job.parts for name in (*vectors.averaged_names, *vectors.copied_names)
+        vectors.info(name).nbytes
+        for _, vectors in job.parts
+        for name in (*vectors.averaged_names, *vectors.copied_names)
     )
     free = _free(output)
     found = list(findings)
@@ -88,9 +90,7 @@ def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[
                 f"{free / 1e6:,.1f} MB left. Expected another place, or a smaller dtype.",
             )
         )
-    return Plan(
-        passes, read + copied, job.output.nbytes, round(held) + _START * (workers + (workers > 1)), free, found
-    )
+    return Plan(passes, read + copied, job.output.nbytes, round(held) + _START * (workers + (workers > 1)), free, found)
 
 
 def _held(steps: Sequence[Step], vectors: TaskVectors, threads: int) -> float:

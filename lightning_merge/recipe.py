@@ -8,10 +8,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import yaml
 
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
-from lightning_merge.methods.schedule import ByTensor
+from lightning_merge.methods.schedule import ByTensor, numbers_in
 from lightning_merge.task_vectors import TaskVectors
 
 # What a recipe names in place of a file where algebra in Python made the task vector: such a merge cannot be read back.
@@ -64,10 +65,35 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _shown(value: Any) -> str:
+    """Return a setting in a few words."""
+    if isinstance(value, MergeMethod):
+        return describe(value)
+    if isinstance(value, ByTensor):
+        numbers = [float(number) for number in numbers_in("", "", value)]
+        return f"{min(numbers):g} to {max(numbers):g}, by tensor"
+    return str(value)
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    """Return plain data as YAML, texts of several lines as they are."""
+
+    class Readable(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Readable.add_representer(str, text)
+    return yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True)
+
+
 def describe(method: MergeMethod, transforms: Sequence[Transform] = ()) -> str:
     """Return a merge in one line: ``LwPTV(eta=0.2, ...) → TaskArithmetic(scale=0.3)``."""
     parts = []
     for step in [*transforms, method]:
-        settings = ", ".join(f"{name}={value}" for name, value in as_config(step)["init_args"].items())
+        settings = ", ".join(
+            f"{spec.name}={_shown(getattr(step, spec.name))}" for spec in (fields(step) if is_dataclass(step) else ())
+        )
         parts.append(f"{type(step).__name__}({settings})")
     return " → ".join(parts)

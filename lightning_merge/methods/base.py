@@ -264,7 +264,8 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         UserError: The setting names a model that is not there, or leaves one out.
     """
     if not isinstance(value, Mapping):
-        return [float(value)] * len(models)  # type: ignore[arg-type] - schedules are settled before
+        assert not isinstance(value, list), "settings that vary are settled before"
+        return [float(value)] * len(models)
     one_for_each(what, value, models)
     return [float(value[name]) for name in models]
 

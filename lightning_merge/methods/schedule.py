@@ -19,7 +19,7 @@ from typing import Any
 from lightning_merge.errors import UserError, nearest
 
 _RULE_KEYS = ("tensors", "value")
-_BEFORE_LAYERS = re.compile(r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|patch|cls_token|position)", re.IGNORECASE)
+_BEFORE_LAYERS = re.compile(r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|patch|cls_token|position)", re.I)
 
 
 @dataclass(frozen=True)

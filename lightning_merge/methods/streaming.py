@@ -62,12 +62,18 @@ class Chain:
         self.device = torch.device(device)
         self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
         self.threads = threads or os.cpu_count() or 1
-        self.passes = 0
+        self._passes = 0
+        self._tensor_passes = [0] * len(self.steps)
         self._model_contexts: dict[int, Context] = {}
         self._settled = [step.settled(task_vectors.tensor_names) if step.varying else None for step in self.steps]
         # One step that needs rows or whole tensors has all steps work on those.
         wanted = {step.layout for step in self.steps}
         self.layout = next(layout for layout in ("tensor", "rows", "pieces") if layout in {*wanted, "pieces"})
+
+    @property
+    def passes(self) -> int:
+        """How often the weights were gone over; of passes over single tensors, the most that one needed."""
+        return self._passes + sum(self._tensor_passes)
 
     def step(self, position: int, name: str) -> Step:
         """Return a step with the settings that hold for one tensor."""
@@ -81,7 +87,10 @@ class Chain:
         return self.task_vectors.row_chunks(name) if self.layout == "rows" else self.task_vectors.chunks(name)
 
     def run(
-        self, names: Sequence[str] | None = None, measured: Sequence[str] | None = None, exchange: Exchange | None = None
+        self,
+        names: Sequence[str] | None = None,
+        measured: Sequence[str] | None = None,
+        exchange: Exchange | None = None,
     ) -> Iterator[tuple[str, int, Tensor]]:
         """Yield ``(name, start, merged piece)``.
 
@@ -95,7 +104,7 @@ class Chain:
         for index, step in enumerate(self.steps):
             if step.reach == "model":
                 self._measure_model(index, step, measured, exchange)
-        self.passes += 1
+        self._passes += 1
         yield from self._over_pieces(len(self.steps) - 1, names, self._apply_last)
 
     def _apply_last(self, view: TensorView, contexts: dict[int, Context]) -> tuple[str, int, Tensor]:
@@ -115,7 +124,7 @@ class Chain:
         tensors = {name: self.task_vectors.info(name) for name in every}
         context = step.begin(Header(tensors, self.task_vectors.names, self.seed))
         while not context.complete:
-            self.passes += 1
+            self._passes += 1
             measuring = context
             total: Partial = {}
 
@@ -170,11 +179,14 @@ class Chain:
             step = self.step(position, name)
             header = Header({name: self.task_vectors.info(name)}, self.task_vectors.names, self.seed)
             context = step.begin(header)
+            passes = 0
             while not context.complete:
+                passes += 1
                 total: Partial = {}
                 for at in self.pieces(name):
                     add_partial(total, step.measure(self._seen_by(name, at, position, contexts), context))
                 context = step.conclude(total, context)
+            self._tensor_passes[position] = max(self._tensor_passes[position], passes)
             contexts[position] = context
         return contexts
 

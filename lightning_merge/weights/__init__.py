@@ -2,7 +2,7 @@
 
 from lightning_merge.weights.compatibility import Finding, find_incompatibilities
 from lightning_merge.weights.hashing import fingerprint, sha256_of_file, sha256_of_source
-from lightning_merge.weights.memory import peak_memory_bytes, reset_peak_memory
+from lightning_merge.weights.memory import peak_memory_bytes, private_memory_bytes, reset_peak_memory
 from lightning_merge.weights.source import (
     MemorySource,
     SafetensorsSource,
@@ -25,6 +25,7 @@ __all__ = [
     "fingerprint",
     "open_weights",
     "peak_memory_bytes",
+    "private_memory_bytes",
     "read_checkpoint",
     "reset_peak_memory",
     "resolve_path",

@@ -67,7 +67,8 @@ class OutputFiles:
             shards[-1][name] = tensors[name]
             size += nbytes
         count = len(shards)
-        names = [file_name] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = names if count > 1 else [file_name]
         self.shards = dict(zip(names, shards, strict=True))
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -153,14 +151,14 @@ class SafetensorsSource(WeightSource):
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Return a flat piece in memory of its own, by one read of the file."""
         values = torch.empty(stop - start, dtype=self.tensors[name].dtype)
-        self._fill(memoryview(values.view(torch.uint8).numpy()), name, start)
+        self._fill(values.view(torch.uint8).numpy().data, name, start)
         return values
 
     def read_into(self, out: Tensor, name: str, start: int) -> None:
         """Fill ``out``; what has to be converted passes a buffer that stays in the processor's cache."""
         dtype = self.tensors[name].dtype
         if out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
-            self._fill(memoryview(out.view(torch.uint8).numpy()), name, start)
+            self._fill(out.view(torch.uint8).numpy().data, name, start)
             return
         size = out.numel() * dtype.itemsize
         if size > _SCRATCH:
@@ -202,8 +200,9 @@ def _scratch() -> tuple[Tensor, memoryview]:
     """Return this thread's buffer, as a tensor of bytes and as the memory below it."""
     if not hasattr(_threads, "scratch"):
         buffer = torch.empty(_SCRATCH, dtype=torch.uint8)
-        _threads.scratch = buffer, memoryview(buffer.numpy())
-    return _threads.scratch  # type: ignore[no-any-return]
+        _threads.scratch = buffer, buffer.numpy().data
+    scratch: tuple[Tensor, memoryview] = _threads.scratch
+    return scratch
 
 
 class _Descriptor:
