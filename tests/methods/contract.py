@@ -272,6 +272,8 @@ class MethodContract:
     # what never changes a byte
 
     def test_order_of_the_models_changes_nothing(self, row: Row, models: tuple[State, dict[str, State]]) -> None:
+        if row.count == 1:
+            pytest.skip("takes one model")
         base, tuned = models
         listed = row.step()(opened(base, tuned), seed=SEED, score=row.score)
         backwards = {name: tuned[name] for name in reversed(tuned)}
@@ -298,10 +300,11 @@ class MethodContract:
         vectors = opened(*models)
         whole = in_chunks(monkeypatch, 8)
         merged = row.step()(vectors, seed=SEED, score=row.score)
-        assert max(stop for _, stop in whole) == vectors.info("embed.weight").numel
+        by_tensor = row.step().layout == "tensor"  # then there are no chunks
+        assert by_tensor or max(stop for _, stop in whole) == vectors.info("embed.weight").numel
         pieces = in_chunks(monkeypatch, blocks)
         assert_same_bytes(row.step()(vectors, seed=SEED, score=row.score), merged)
-        assert ((0, blocks * GRID) in pieces) and ((0, blocks * GRID) not in whole)
+        assert by_tensor or (((0, blocks * GRID) in pieces) and ((0, blocks * GRID) not in whole))
 
     def test_threads_change_nothing(
         self, row: Row, models: tuple[State, dict[str, State]], monkeypatch: pytest.MonkeyPatch
@@ -314,7 +317,7 @@ class MethodContract:
             return [(name, start, values.numpy().tobytes()) for name, start, values in found]
 
         one = pieces(1)
-        assert len(one) > len(SHAPES)
+        assert len(one) >= len(SHAPES)
         assert pieces(3) == one
 
     def test_two_workers_that_share_the_tensors_change_nothing(
