@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,10 +23,14 @@ from lightning_merge.weights import TensorInfo
 # to one grid block is a list under a key of its own: thousands of small tensors that stay would cut the freed buffers
 # of later pieces into holes too small to use again (measured: 20 bytes for each parameter of the model).
 Partial = dict[Hashable, Any]
-# A number for all models, or one for each by name; either may vary over the tensors, see methods/schedule.py.
-PerModel = float | dict[str, Any] | list[Any]
-# A number, or one that varies over the tensors.
-PerTensor = float | list[Any]
+if TYPE_CHECKING:
+    # By the time a kernel runs, a setting is one number, or one for each model by name.
+    PerModel: TypeAlias = float | dict[str, float]
+    PerTensor: TypeAlias = float
+else:
+    # What a user may give: either may also vary over the tensors, see methods/schedule.py.
+    PerModel = float | dict[str, Any] | list[Any]
+    PerTensor = float | list[Any]
 
 
 def hyperparameter(default: Any, allowed: str) -> Any:
@@ -144,9 +148,7 @@ class Step(ABC):
         made: dict[str, Step] = {}
         steps = {}
         for tensor in names:
-            values = {
-                field: settle(f"{name}: {field}", getattr(self, field), tensor, at[tensor]) for field in varying
-            }
+            values = {field: settle(f"{name}: {field}", getattr(self, field), tensor, at[tensor]) for field in varying}
             key = repr(values)
             if key not in made:
                 made[key] = replace(self, **values)
@@ -264,7 +266,6 @@ def per_model(what: str, value: PerModel, models: Sequence[str]) -> list[float]:
         UserError: The setting names a model that is not there, or leaves one out.
     """
     if not isinstance(value, Mapping):
-        assert not isinstance(value, list), "settings that vary are settled before"
         return [float(value)] * len(models)
     one_for_each(what, value, models)
     return [float(value[name]) for name in models]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.methods.base import (
     PerModel,
+    PerTensor,
     TensorMerge,
     hyperparameter,
     ordered_sum,
@@ -63,7 +64,7 @@ class Consensus(TensorMerge):
 
     k: int = hyperparameter(2, "[0, 1000]")
     threshold: PerModel = hyperparameter(0.4, "[0, 100]")
-    scale: float = hyperparameter(0.3, "[-100, 100]")
+    scale: PerTensor = hyperparameter(0.3, "[-100, 100]")
 
     paper: ClassVar[str] = "Localizing Task Information (Wang et al., 2024), arXiv 2405.07813"
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import TensorMerge, hyperparameter
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter
 from lightning_merge.tensor_view import TensorView, add_delta
 
 
@@ -34,7 +34,7 @@ class Expo(TensorMerge):
         tensor([1.7500, 2.0000, 3.3750, 2.5000])
     """
 
-    alpha: float = hyperparameter(0.3, "[-1, 100]")
+    alpha: PerTensor = hyperparameter(0.3, "[-1, 100]")
 
     paper: ClassVar[str] = "Model Extrapolation Expedites Alignment (Zheng et al., 2024), arXiv 2404.16792"
     max_models: ClassVar[int | None] = 1

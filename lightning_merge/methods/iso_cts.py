@@ -71,7 +71,7 @@ class IsoCts(TensorMerge):
         tensor([1.6250, 1.6250, 1.6250, 1.6250])
     """
 
-    common_space_fraction: float = hyperparameter(0.8, "[0, 1]")
+    common_space_fraction: PerTensor = hyperparameter(0.8, "[0, 1]")
     scale: PerTensor = hyperparameter(1.0, "[-100, 100]")
 
     paper: ClassVar[str] = "Isotropic Model Merging (Marczak et al., 2025), arXiv 2502.04959"

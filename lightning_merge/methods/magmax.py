@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import TensorMerge, hyperparameter
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter
 from lightning_merge.tensor_view import TensorView, add_delta
 
 
@@ -77,7 +77,7 @@ class MagMax(TensorMerge):
         tensor([1.5000, 3.0000, 3.5000, 3.0000])
     """
 
-    scale: float = hyperparameter(0.5, "[-100, 100]")
+    scale: PerTensor = hyperparameter(0.5, "[-100, 100]")
 
     paper: ClassVar[str] = "MagMax (Marczak et al., 2024), arXiv 2407.06322"
 

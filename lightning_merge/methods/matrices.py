@@ -143,7 +143,7 @@ def merge_matrices(view: TensorView, kernel: Kernel, scale: PerTensor = 1.0, exc
             merged = kernel(matrices)
         else:
             merged = total_of(matrices) / len(matrices)
-    factor = float(scale)  # type: ignore[arg-type]  # settled before
+    factor = float(scale)
     delta = (factor * merged).reshape(-1).to(view.base.dtype)
     return take_selected(delta, view) if factor == 1 and len(view.models) == 1 else add_delta(view.base, delta)
 

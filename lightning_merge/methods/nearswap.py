@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import TensorMerge, hyperparameter
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter
 from lightning_merge.methods.magmax import mask_for, put_where
 from lightning_merge.tensor_view import TensorView, add_delta
 
@@ -37,7 +37,7 @@ class NearSwap(TensorMerge):
         tensor([1.2500, 2.0000, 3.2500, 3.7500])
     """
 
-    t: float = hyperparameter(0.0001, "[0, 100]")
+    t: PerTensor = hyperparameter(0.0001, "[0, 100]")
 
     paper: ClassVar[str] = "no paper; mergekit's nearswap"
     max_models: ClassVar[int | None] = 1

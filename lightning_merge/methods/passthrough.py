@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import TensorMerge, hyperparameter
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter
 from lightning_merge.tensor_view import TensorView
 
 
@@ -29,7 +29,7 @@ class Passthrough(TensorMerge):
         tensor([0.5000, 1.0000, 1.5000, 2.0000])
     """
 
-    scale: float = hyperparameter(1.0, "[-100, 100]")
+    scale: PerTensor = hyperparameter(1.0, "[-100, 100]")
 
     paper: ClassVar[str] = "no paper; mergekit's passthrough"
     needs_base: ClassVar[bool] = False

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, Header, Partial, TensorMerge, hyperparameter, take_selected
+from lightning_merge.methods.base import Context, Header, Partial, PerTensor, TensorMerge, hyperparameter, take_selected
 from lightning_merge.tensor_view import TensorView, block_sums
 
 
@@ -90,7 +90,7 @@ class Ram(TensorMerge):
         tensor([1.1250, 3.0000, 3.3750, 3.0000])
     """
 
-    epsilon: float = hyperparameter(1e-5, "[0, 1]")
+    epsilon: PerTensor = hyperparameter(1e-5, "[0, 1]")
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models (Yuan et al., 2026), arXiv 2601.13572"

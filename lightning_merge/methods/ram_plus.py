@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, Header, Partial, TensorMerge, hyperparameter, take_selected
+from lightning_merge.methods.base import Context, Header, Partial, PerTensor, TensorMerge, hyperparameter, take_selected
 from lightning_merge.methods.ram import active, count_active, merge_active, square_sums, typical_change
 from lightning_merge.tensor_view import TensorView
 
@@ -57,9 +57,9 @@ class RamPlus(TensorMerge):
         tensor([1.1250, 3.5000, 3.3750, 2.5000])
     """
 
-    r: float = hyperparameter(0.1, "[0, 100]")
-    alpha: float = hyperparameter(0.2, "[0, 100]")
-    epsilon: float = hyperparameter(1e-5, "[0, 1]")
+    r: PerTensor = hyperparameter(0.1, "[0, 100]")
+    alpha: PerTensor = hyperparameter(0.2, "[0, 100]")
+    epsilon: PerTensor = hyperparameter(1e-5, "[0, 1]")
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models (Yuan et al., 2026), arXiv 2601.13572"

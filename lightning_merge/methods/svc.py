@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import MergeMethod, Refinement, hyperparameter
+from lightning_merge.methods.base import MergeMethod, PerTensor, Refinement, hyperparameter
 from lightning_merge.methods.matrices import Svd, TaskMatrices, matrix_shape, reproducibly, require_finite, svd
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.tensor_view import TensorView, add_delta
@@ -70,7 +70,7 @@ class Svc(Refinement):
     """
 
     method: MergeMethod = TaskArithmetic()
-    alpha: float = hyperparameter(0.1, "(0, 1]")
+    alpha: PerTensor = hyperparameter(0.1, "(0, 1]")
 
     paper: ClassVar[str] = "Singular Value Calibration (Li et al., 2026), arXiv 2602.05536"
 

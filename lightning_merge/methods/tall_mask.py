@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError, nearest
-from lightning_merge.methods.base import TensorMerge, hyperparameter, ordered_sum, take_selected
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter, ordered_sum, take_selected
 from lightning_merge.tensor_view import TensorView
 
 
@@ -64,7 +64,7 @@ class TallMask(TensorMerge):
     """
 
     task: str = ""
-    threshold: float = hyperparameter(0.4, "[0, 100]")
+    threshold: PerTensor = hyperparameter(0.4, "[0, 100]")
 
     paper: ClassVar[str] = "Localizing Task Information (Wang et al., 2024), arXiv 2405.07813"
 

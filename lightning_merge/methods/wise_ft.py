@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.average import weighted_average
-from lightning_merge.methods.base import TensorMerge, hyperparameter, ordered_sum
+from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter, ordered_sum
 from lightning_merge.tensor_view import TensorView
 
 
@@ -37,7 +37,7 @@ class WiseFT(TensorMerge):
         tensor([1.2500, 2.0000, 3.1250, 3.5000])
     """
 
-    alpha: float = hyperparameter(0.5, "[0, 1]")
+    alpha: PerTensor = hyperparameter(0.5, "[0, 1]")
 
     paper: ClassVar[str] = "Robust fine-tuning of zero-shot models (Wortsman et al., 2022), arXiv 2109.01903"
 
