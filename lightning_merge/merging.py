@@ -41,6 +41,7 @@ from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import Finding, TensorInfo, WeightSource, fingerprint, open_weights, sha256_of_source
 from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
 from lightning_merge.weights.output_files import OutputFiles, parse_size
+from lightning_merge.weights.quantized import quantization_settings
 
 __all__ = ["MergeReport", "Part", "merge", "merge_parts"]
 
@@ -321,7 +322,8 @@ def _put_in_place(
         return
     if companions is None:
         if template.folder:
-            copy_companions(template.folder, files, dtype)
+            restored = bool(quantization_settings(template.config or {}))
+            copy_companions(template.folder, files, torch.float32 if restored and not dtype else dtype, restored)
     else:
         for name, content in companions.items():
             (files / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from lightning_merge.errors import UserError
 from lightning_merge.recipe import COMPUTED, to_yaml
 from lightning_merge.task_vectors import TaskVector
 from lightning_merge.weights import WeightSource, read_checkpoint
-from lightning_merge.weights.card import SourceRecord, model_card
+from lightning_merge.weights.card import Provenance, SourceRecord, model_card
 from lightning_merge.weights.output_files import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -77,15 +77,24 @@ def sha256_of_values(vector: TaskVector) -> str:
     return found.hexdigest()
 
 
-def provenance(
-    report: MergeReport, recipe_hash: str, sources: Mapping[str, WeightSource], hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return what goes into ``merge.json``."""
+def versions() -> dict[str, str]:
+    """Return the versions of what took part in a merge."""
     import safetensors
 
     from lightning_merge import __version__
 
-    versions = {"lightning_merge": __version__, "torch": torch.__version__, "safetensors": safetensors.__version__}
+    return {
+        "python": platform.python_version(),
+        "lightning_merge": __version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def provenance(
+    report: MergeReport, recipe_hash: str, sources: Mapping[str, WeightSource], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what goes into ``merge.json``."""
     return {
         "recipe_hash": recipe_hash,
         "recipe": report.recipe,
@@ -93,7 +102,7 @@ def provenance(
             name or "base": {"reference": sources[name].label if name in sources else COMPUTED, "sha256": sha256}
             for name, sha256 in hashes.items()
         },
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "seconds": round(report.seconds, 3),
         "hashing_seconds": round(report.hashing_seconds, 3),
         "models_merged": list(report.models),
@@ -128,6 +137,12 @@ def card_text(
         list(records.values()),
         {"seed": str(report.recipe.get("seed", 0)), "bytes": f"{report.bytes_written:,}"},
         results,
+        provenance=Provenance(
+            versions(),
+            {"draws and rounding": int(report.recipe.get("seed", 0))},
+            round(report.seconds, 2),
+            round(report.hashing_seconds, 2),
+        ),
     )
 
 

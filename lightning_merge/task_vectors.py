@@ -17,6 +17,7 @@ from lightning_merge.errors import UserError, unknown
 from lightning_merge.tensor_view import CHUNK, TensorView, add_delta, block_sums
 from lightning_merge.weights import Finding, TensorInfo, WeightSource, find_incompatibilities, open_weights
 from lightning_merge.weights.compatibility import counterpart, ignored
+from lightning_merge.weights.vocabulary import is_rebuilt
 
 Read = Callable[[str, int, int], Tensor]  # (tensor name, start, stop) -> flat values
 
@@ -428,7 +429,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         copied: list[str] = []
         for name, info in self.template.tensors.items():
             statistics = name.endswith((".running_mean", ".running_var")) or name in {"running_mean", "running_var"}
-            if not info.dtype.is_floating_point or ignored(name, self.ignore):
+            if not info.dtype.is_floating_point or ignored(name, self.ignore) or is_rebuilt(name, info):
                 copied.append(name)
             elif statistics or name in self.template.buffers:
                 (averaged if self.batch_norm == "average" else copied).append(name)

@@ -119,6 +119,11 @@ class TensorView:
         view.merged = merged
         return view
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base."""
+        return self._space.base is not None
+
     def on(self, device: torch.device) -> TensorView:
         """Return the same piece with its tensors on ``device``; what is read passes the host."""
         return _ViewOnDevice(self, device)

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
-from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, ordered_sum, per_model
+from lightning_merge.methods.base import PerModel, TensorMerge, hyperparameter, per_model
+from lightning_merge.methods.gram import combine
 from lightning_merge.tensor_view import TensorView
 
 
-def weighted_average(finetuned: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return Σ w_t θ_t; ``(T, n)`` to ``(n,)`` in the input's dtype.
+def weighted_average(finetuned: Tensor, weights: Sequence[float], divisor: float = 1.0) -> Tensor:
+    """Return Σ w_t θ_t / divisor; ``(T, n)`` to ``(n,)`` in the input's dtype.
 
     Sums in fp64, so that the average of equal models is that model and a one-hot weight takes that model's entries.
     """
     total: Tensor | None = None
+    term: Tensor | None = None
     for row, weight in zip(finetuned, weights, strict=True):
-        if weight:
-            term = row.double() * weight
+        if not weight:
+            continue
+        if total is None:
             # The first term starts the sum: adding it to +0 would lose the sign of a −0.
-            total = term if total is None else total.add_(term)
-    return torch.zeros_like(finetuned[0]) if total is None else total.to(finetuned.dtype)
+            total = row.to(torch.float64, copy=True).mul_(weight)
+        else:
+            term = torch.empty_like(total) if term is None else term
+            total += term.copy_(row).mul_(weight)
+    if total is None:
+        return torch.zeros_like(finetuned[0])
+    return (total if divisor == 1 else total.div_(divisor)).to(finetuned.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,23 @@ class SimpleAverage(TensorMerge):
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the mean over the models."""
         # In fp64 a sum of equal fp32 numbers is exact, and so is their average.
-        total = ordered_sum(view.finetuned.double())
-        return (total / len(view.models)).to(view.finetuned.dtype)
+        total = view.finetuned[0].to(torch.float64, copy=True)
+        for row in view.finetuned[1:]:
+            total += row
+        return total.div_(len(view.models)).to(view.finetuned.dtype)
 
 
 @dataclass(frozen=True)
 class WeightedAverage(TensorMerge):
     """Average the weights of all models with one weight each.
 
+    Sums are in fp64. mergekit rounds weights to fp32 and sums in fp32, and divides by a sum of weights that is but
+    their rounding (``compat="mergekit"``).
+
     Args:
         weights: One number for each model by name, in [-100, 100]; equal weights by default.
         normalize: Divide by the sum of the weights.
+        compat: ``paper``, or ``mergekit`` for its arithmetic.
 
     Raises:
         UserError: Weights that sum to 0 while ``normalize`` is set, or that do not name the models.
@@ -85,6 +99,7 @@ class WeightedAverage(TensorMerge):
 
     weights: PerModel = hyperparameter(1.0, "[-100, 100]")
     normalize: bool = True
+    compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
     needs_base: ClassVar[bool] = False
@@ -94,12 +109,17 @@ class WeightedAverage(TensorMerge):
         super().check_models(models)
         weights = per_model("WeightedAverage: weights", self.weights, models)
         # 0.1 + 0.2 − 0.3 is 5.6e-17: what rounding leaves of a sum of 0 is no number to divide by.
-        if self.normalize and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
+        total, rounding = sum(weights), 1e-9 * sum(map(abs, weights))
+        if self.compat == "mergekit":
+            total, rounding = float(torch.tensor(weights, dtype=torch.float32).sum()), 0.0
+        if self.normalize and abs(total) <= rounding:
             raise UserError("WeightedAverage: the weights sum to 0. Expected another sum, or normalize: false.")
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return Σ w_t θ_t / Σ w_t."""
         weights = per_model("WeightedAverage: weights", self.weights, view.models)
-        total = sum(weights) if self.normalize else 1.0
-        average = weighted_average(view.finetuned.double(), weights) / total
-        return average.to(view.finetuned.dtype)
+        if self.compat == "paper":
+            return weighted_average(view.finetuned, weights, sum(weights) if self.normalize else 1.0)
+        rounded = torch.tensor(weights, dtype=view.finetuned.dtype)
+        total = combine(view.finetuned.unbind(), rounded.tolist())
+        return total / rounded.sum() if self.normalize else total

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lightning_merge.weights.hashing import sha256_of_file
+from lightning_merge.weights.quantized import without_quantization
 
 # Configs, vocabularies, chat templates and sentence-piece models; never weights, code or pickles.
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
@@ -34,13 +35,14 @@ def _companions(folder: Path) -> list[Path]:
     ]
 
 
-def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None, restored: bool = False) -> list[str]:
     """Copy config, tokenizer and processor files of a model's folder; the weights stay where they are.
 
     Args:
         source: A Hugging Face folder.
         target: A folder; made if absent.
         dtype: Where given, the dtype that ``config.json`` then states.
+        restored: The weights are plain numbers now: drop what ``config.json`` says of their quantisation.
 
     Returns:
         The names of the files copied.
@@ -53,10 +55,13 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
         shutil.copyfile(path, place)
         copied.append(str(path.relative_to(source)))
     config = target / "config.json"
-    if dtype is not None and config.is_file():
+    if (dtype is not None or restored) and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
-        name = str(dtype).removeprefix("torch.")
-        content.update({key: name for key in ("dtype", "torch_dtype") if key in content})
+        if restored:
+            content = without_quantization(content)
+        if dtype is not None:
+            name = str(dtype).removeprefix("torch.")
+            content.update({key: name for key in ("dtype", "torch_dtype") if key in content})
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return copied
 

@@ -268,20 +268,20 @@ def open_weights(ref: Any, prefix: str = "") -> WeightSource:
 
     Cost: the headers are read, nothing else.
     """
+    from lightning_merge.weights.distributed import is_distributed, open_distributed
+    from lightning_merge.weights.quantized import refuse_quantized_file, restored
+
     if isinstance(ref, WeightSource):
         return ref
     if isinstance(ref, nn.Module):
         state_dict = ref.state_dict(keep_vars=True)
         parameters = {id(parameter) for parameter in ref.parameters()}
         buffers = frozenset(name for name, value in state_dict.items() if id(value) not in parameters)
-        return MemorySource(type(ref).__name__, state_dict, buffers=buffers)
+        return restored(MemorySource(type(ref).__name__, state_dict, buffers=buffers))
     if isinstance(ref, Mapping):
-        return MemorySource("state dict", ref)
+        return restored(MemorySource("state dict", ref))
     if not isinstance(ref, (str, Path)):
         raise UserError(f"An object of type {type(ref).__name__} holds no weights that can be opened. {ACCEPTED}")
-    from lightning_merge.weights.distributed import is_distributed, open_distributed
-    from lightning_merge.weights.quantized import refuse_quantized_file, restored
-
     path = resolve_path(ref)
     if path.is_dir():
         if is_distributed(path):
@@ -340,6 +340,9 @@ def _snapshot(ref: str) -> Path:
 
 def _open_folder(path: Path, label: str) -> WeightSource:
     """Open a Hugging Face folder: a single file, or shards with their index."""
+    from lightning_merge.weights.quantized import refuse_quantized_file
+
+    refuse_quantized_file(path)
     if (path / INDEX_FILE).is_file():
         try:
             weight_map = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
@@ -348,6 +351,12 @@ def _open_folder(path: Path, label: str) -> WeightSource:
             raise UserError(
                 f"'{path / INDEX_FILE}' is no index of shards ({error}). Expected a 'weight_map'."
             ) from error
+        for name, shard in weight_map.items():
+            if not (path / shard).is_file():
+                raise UserError(
+                    f"'{label}' lacks the shard '{shard}', in which its index places the tensor '{name}'. "
+                    "Expected every shard; copy or download it again."
+                )
         source = SafetensorsSource(label, [path / name for name in shards], folder=path)
         missing = sorted(set(weight_map) - set(source.tensors))
         if missing:
@@ -406,6 +415,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
     """Open the state dict of a checkpoint; ``prefix`` selects and is dropped."""
+    from lightning_merge.weights.quantized import restored
+
     content = read_checkpoint(path)
     state_dict = content.get("state_dict", content)
     state_dict = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
@@ -417,4 +428,4 @@ def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
         state_dict = chosen
     if not state_dict:
         raise UserError(f"'{label}' holds no tensors. Expected a checkpoint with a state_dict.")
-    return MemorySource(label, state_dict, files=(path,), prefix=prefix)
+    return restored(MemorySource(label, state_dict, files=(path,), prefix=prefix))
