@@ -114,13 +114,25 @@ class Workplace:
                 os.close(descriptor)
         # An interrupt by the user leaves what is finished, as a kill does; an error would only come again.
         if kind is None or issubclass(kind, Exception):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
         if kind is not None and issubclass(kind, Exception):
             for parent in self._made:
                 with suppress(OSError):
                     parent.rmdir()
         if self._lock >= 0:
             os.close(self._lock)
+
+
+def begun(output: Path) -> bool:
+    """Tell whether a merge into this place was begun and not finished: what stands there is then its own."""
+    return (output.with_name(output.name + ".partial") / "journal.jsonl").is_file()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a workplace; the journal goes when the files are gone, and the lock last."""
+    shutil.rmtree(folder / "files", ignore_errors=True)
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _boot() -> str:
@@ -131,11 +143,11 @@ def _boot() -> str:
 def remove_leftovers(output: Path) -> None:
     """Remove what killed merges into a place have left beside it, unless one is at work there."""
     folder = output.with_name(output.name + ".partial")
-    if (folder / "lock").is_file():
-        lock = os.open(folder / "lock", os.O_RDWR)
+    if folder.is_dir():
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         except BlockingIOError:
             pass
         finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
+from lightning_merge.journal import begun
 from lightning_merge.recipe import COMPUTED, to_yaml
 from lightning_merge.task_vectors import TaskVector
 from lightning_merge.weights import WeightSource, read_checkpoint
@@ -47,9 +48,11 @@ def refuse_other_content(output: Path, sources: Sequence[WeightSource], overwrit
             raise UserError(f"The output '{output}' is or holds a model being merged. Expected another place.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not ((output / "merge.json").is_file() or record_of(output).is_file()):
+    # Between the weights and their record a merge into one file may have been killed.
+    halfway = not output.is_dir() and begun(output)
+    if not ((output / "merge.json").is_file() or record_of(output).is_file() or halfway):
         raise UserError(f"The output '{output}' already holds something else. Expected a new or empty place.")
-    if not overwrite:
+    if not overwrite and not halfway:
         raise UserError(f"The output '{output}' already holds another merge. Expected a new place, or --overwrite.")
 
 

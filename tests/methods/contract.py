@@ -376,9 +376,11 @@ class MethodContract:
         if row.copies is None:
             pytest.skip("no such setting")
         base, (tuned, *_) = (lambda pair: (pair[0], list(pair[1].values())))(grid_models(seed=5))
-        merged = row.method(**row.copies)(opened(base, dict.fromkeys("abc"[: row.count], tuned)), seed=SEED, score=row.score)
+        copies = dict.fromkeys("abc"[: row.count], tuned)
+        merged = row.method(**row.copies)(opened(base, copies), seed=SEED, score=row.score)
+        bounds = {"rtol": 2e-7 * row.tolerance, "atol": 1e-7 * (row.tolerance - 1)}
+        tolerance = {"rtol": 0.0, "atol": 0.0} if row.copies_exact else bounds
         for name in SHAPES:
-            tolerance = {"rtol": 0.0, "atol": 0.0} if row.copies_exact else {"rtol": 2e-7 * row.tolerance, "atol": 1e-7 * (row.tolerance - 1)}
             torch.testing.assert_close(merged[name], tuned[name], **tolerance)
 
     def test_one_model_alone_is_returned_bit_for_bit(self, row: Row) -> None:
@@ -401,8 +403,8 @@ class MethodContract:
             pytest.skip("no such setting")
         vectors = opened(*rough_models(row.count))
         neutral = [row.method(**row.neutral)]
-        for merge in (SimpleAverage(), WiseFT(alpha=0.4), TaskArithmetic(), Ties(scale=0.7), Ties(scope="tensor")):
-            assert_same_bytes(merge(vectors, transforms=neutral, seed=SEED), merge(vectors, seed=SEED))
+        for method in (SimpleAverage(), WiseFT(alpha=0.4), TaskArithmetic(), Ties(scale=0.7), Ties(scope="tensor")):
+            assert_same_bytes(method(vectors, transforms=neutral, seed=SEED), method(vectors, seed=SEED))
 
     # what is not merged
 
@@ -438,8 +440,12 @@ class MethodContract:
 
     def test_declares_its_paper_and_explains_itself(self, row: Row) -> None:
         paper = row.method.paper
-        assert re.search(r"\(.*20\d\d\).*arXiv \d{4}\.\d{5}", paper) or paper.startswith("no paper; ") or (
-            re.search(r"\(.*[12]\d\d\d\), .*\d", paper)  # older than arXiv: authors, year, journal or proceedings
+        assert (
+            re.search(r"\(.*20\d\d\).*arXiv \d{4}\.\d{5}", paper)
+            or paper.startswith("no paper; ")
+            or (
+                re.search(r"\(.*[12]\d\d\d\), .*\d", paper)  # older than arXiv: authors, year, journal or proceedings
+            )
         )
         text = inspect.getdoc(row.method) or ""
         assert text.split("\n")[0].endswith(".")

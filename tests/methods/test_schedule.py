@@ -59,7 +59,7 @@ def test_by_tensor_names_each(vectors: TaskVectors) -> None:
     values = {name: float(number) for number, name in enumerate(NAMES)}
     assert shown(Ties(density=1.0, scale=ByTensor(values))(vectors)) == values
     with pytest.raises(UserError, match=r"Ties: scale has no value for the tensor 'ln_f.weight'"):
-        Ties(scale=ByTensor({name: 1.0 for name in NAMES[:-1]}))(vectors)
+        Ties(scale=ByTensor(dict.fromkeys(NAMES[:-1], 1.0)))(vectors)
 
 
 def test_transforms_and_methods_inside_others_vary_too(vectors: TaskVectors) -> None:

@@ -330,7 +330,7 @@ def test_shards_must_be_complete(tmp_path: Path) -> None:
     del content["weight_map"]["pooler.extra"]
     index.write_text(json.dumps(content))
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(UserError, match=r"lacks the shard 'model-00002-of.*', in which its index places the tensor 'enc"):
+    with pytest.raises(UserError, match=r"lacks the shard 'model-00002-of.*', in which its index"):
         open_weights(folder)
     for text in ("[]", '{"weight_map": 3}', "{", "{}"):
         index.write_text(text)

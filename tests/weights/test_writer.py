@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightning_merge.errors import UserError
-from lightning_merge.weights import SafetensorsSource, SafetensorsWriter, TensorInfo, open_weights, save_safetensors
+from lightning_merge.weights import SafetensorsSource, SafetensorsWriter, TensorInfo, save_safetensors
 from lightning_merge.weights.tensor_info import SAFETENSORS_DTYPES, read_safetensors_header
 
 
