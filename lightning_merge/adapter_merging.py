@@ -68,7 +68,8 @@ class AdapterMerge:
         self.method, self.transforms, self.rank, self.seed, self.knots = method, transforms, rank, seed, knots
         self.base = next(iter(adapters.values())).base
         for step in [*transforms, method]:
-            step.check_models(tuple(self.adapters))
+            if not step.varying:  # settings that vary are checked tensor by tensor, later
+                step.check_models(tuple(self.adapters))
         self.modules = self._one_layout()
         updated = {name for source in adapters.values() for name in source.layout.updated}
         self.whole = sorted(updated - set(self.modules))

@@ -201,6 +201,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         opened_base = open_weights(base, prefix) if base is not None else None
         opened = {str(name): _open_model(ref, opened_base, prefix) for name, ref in models.items()}
         findings = find_incompatibilities(opened_base, opened, ignore, sample=check)
+        findings += [Finding("INFO", f"Model '{n}': {note}") for n, model in opened.items() for note in model.notes]
         errors = [finding.message for finding in findings if finding.level == "ERROR"]
         if errors and strict:
             raise UserError("\n".join(errors))

@@ -8,8 +8,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from lightning_merge.weights import TensorInfo
 # to one grid block is a list under a key of its own: thousands of small tensors that stay would cut the freed buffers
 # of later pieces into holes too small to use again (measured: 20 bytes for each parameter of the model).
 Partial = dict[Hashable, Any]
-if TYPE_CHECKING:
+MYPY = False  # what mypy takes for true, and jsonargparse, unlike TYPE_CHECKING, for what it is
+if MYPY:
     # By the time a kernel runs, a setting is one number, or one for each model by name.
     PerModel: TypeAlias = float | dict[str, float]
     PerTensor: TypeAlias = float
@@ -330,7 +332,17 @@ def take_selected(merged_delta: Tensor, view: TensorView, models: Sequence[int] 
     merged = add_delta(view.base, merged_delta)
     original = view.original
     for position in range(len(original.models)) if models is None else models:
-        merged = torch.where(merged_delta == original.deltas[position], original.finetuned[position], merged)
+        delta, own = original.deltas[position], original.finetuned[position]
+        if merged.device.type != "cpu":
+            merged = torch.where(merged_delta == delta, own, merged)
+            continue
+        # Few entries round: finding them, by their bits since −0 is not +0, costs less than a choice for each.
+        integers = torch.int64 if merged.dtype == torch.float64 else torch.int32
+        rounded = np.not_equal(merged.view(integers).numpy(), own.view(integers).numpy())
+        rounded &= np.equal(merged_delta.numpy(), delta.numpy())
+        if rounded.any():
+            at = torch.from_numpy(np.flatnonzero(rounded))
+            merged[at] = own[at]
     return merged
 
 

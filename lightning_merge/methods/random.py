@@ -33,12 +33,12 @@ def keep_mask(probability: float, seed: int, model: str, tensor: str, start: int
     threshold, remainder = divmod(round(probability * (1 << 32)), 1 << 16)
     blocks = []
     for block in range(start // GRID, -(-stop // GRID)):
-        here = slice(max(start - block * GRID, 0), min(stop - block * GRID, GRID))
-        first = _words(seed, model, tensor, block, here.stop)[here]
+        here = max(start - block * GRID, 0), min(stop - block * GRID, GRID)
+        first = _words(seed, model, tensor, block, *here)
         keep = first < threshold
         undecided = first == threshold
         if undecided.any():
-            keep[undecided] = _words(seed, model, tensor, block, here.stop, plane=1)[here][undecided] < remainder
+            keep[undecided] = _words(seed, model, tensor, block, *here, plane=1)[undecided] < remainder
         blocks.append(keep)
     return torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool))
 
@@ -53,16 +53,19 @@ def uniform(seed: int, model: str, tensor: str, start: int, stop: int) -> Tensor
     """
     blocks = []
     for block in range(start // GRID, -(-stop // GRID)):
-        here = slice(max(start - block * GRID, 0), min(stop - block * GRID, GRID))
-        blocks.append(_words(seed, model, tensor, block, here.stop)[here].astype(np.float32))
+        here = max(start - block * GRID, 0), min(stop - block * GRID, GRID)
+        blocks.append(_words(seed, model, tensor, block, *here).astype(np.float32))
     words = torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32))
     return words.add_(0.5).mul_(2.0**-16)
 
 
-def _words(seed: int, model: str, tensor: str, block: int, count: int, plane: int = 0) -> np.ndarray:
-    """Return ``count`` 16-bit words of one stream of one grid block."""
+def _words(seed: int, model: str, tensor: str, block: int, start: int, stop: int, plane: int = 0) -> np.ndarray:
+    """Return the 16-bit words ``start:stop`` of one stream of one grid block."""
     name = f"{seed}\x00{model}\x00{tensor}".encode()
     key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8")
     # Block and plane go into the counter's top words, so that streams of one key never meet.
-    stream = np.random.Philox(key=key, counter=[0, 0, plane, block])
-    return stream.random_raw((count + 3) // 4).astype("<u8").view("<u2")[:count]
+    # One step of the counter makes four numbers of 64 bits, which are sixteen words.
+    first = start // 16
+    stream = np.random.Philox(key=key, counter=[first, 0, plane, block])
+    numbers = stream.random_raw((stop - 16 * first + 3) // 4).astype("<u8", copy=False)
+    return numbers.view("<u2")[start - 16 * first : stop - 16 * first]

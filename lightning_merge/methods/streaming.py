@@ -117,9 +117,7 @@ class Chain:
             return step.apply(view, contexts[position])
         return step.apply(view.on(self.device), contexts[position]).cpu()
 
-    def _measure_model(
-        self, index: int, step: Step, measured: Sequence[str] | None, exchange: Exchange | None
-    ) -> None:
+    def _measure_model(self, index: int, step: Step, measured: Sequence[str] | None, exchange: Exchange | None) -> None:
         every = self.task_vectors.tensor_names
         tensors = {name: self.task_vectors.info(name) for name in every}
         context = step.begin(Header(tensors, self.task_vectors.names, self.seed))

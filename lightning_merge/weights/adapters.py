@@ -61,6 +61,7 @@ class AdapterSource(WeightSource):
         self.layout, self.modules, self.biases, self.replaced = layout, layout.modules, layout.biases, layout.replaced
         self.folder, self.buffers, self.aliases = base.folder, base.buffers, dict(base.aliases)
         self.files = (*adapter.files, config.path, *base.files)
+        self.computed, self.card_folder, self.notes = True, self.adapter_folder, layout.notes
         self.inner = (adapter,)  # the base counts what is read of it itself
         self.tensors = dict(base.tensors)
         for name, key in self.replaced.items():

@@ -52,10 +52,9 @@ class SourceRecord:
     @classmethod
     def of(cls, name: str, source: WeightSource, sha256: str) -> SourceRecord:
         """Describe an opened source."""
-        link = _front_matter(source.folder).get("license_link")
-        return cls(
-            name, source.label, sha256, stated_license(source.folder), ", ".join(map(str, _as_list(link))) or None
-        )
+        folder = source.card_folder or source.folder
+        link = _front_matter(folder).get("license_link")
+        return cls(name, source.label, sha256, stated_license(folder), ", ".join(map(str, _as_list(link))) or None)
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def _compare_dtypes(
     other_dtype = [
         key for key, (info, other) in common.items() if info.dtype.is_floating_point and info.dtype != other.dtype
     ]
-    if not alone or not other_dtype:
+    if not alone or not other_dtype or model.computed:
         return []
     if len(dtypes) == len(expected) == 1:
         stored = f"Model '{name}' is stored in {_listed(dtypes)}, {called} in {_listed(expected)}"

@@ -20,7 +20,7 @@ OURS = {"merge.json", "merge.yaml"}
 LARGEST_COMPANION = 64 << 20
 
 
-def _companions(folder: Path) -> list[Path]:
+def companions(folder: Path) -> list[Path]:
     """Everything of a model's folder that is neither weights nor ours nor too large to be a config or vocabulary."""
     # Sentence encoders keep their pooling in a folder of its own.
     found = sorted([*folder.glob("*"), *folder.glob("*_Pooling/config.json")])
@@ -49,7 +49,7 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     """
     copied = []
     target.mkdir(parents=True, exist_ok=True)
-    for path in _companions(source):
+    for path in companions(source):
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)
@@ -69,7 +69,7 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
 def companions_sha256(folder: Path) -> str:
     """Return one sha256 over the config, tokenizer and processor files of a model's folder."""
     digest = hashlib.sha256()
-    for path in _companions(folder):
+    for path in companions(folder):
         digest.update(f"{path.relative_to(folder)}:{sha256_of_file(path)};".encode())
     return digest.hexdigest()
 

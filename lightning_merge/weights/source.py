@@ -53,6 +53,11 @@ class WeightSource(ABC):
     prefix: str = ""
     # The sources that this one reads from, where it is a view of others.
     inner: tuple[WeightSource, ...] = ()
+    # Whether values are computed when they are read, so that their dtype says nothing of how models were stored.
+    computed: bool = False
+    # Whose card states the licence, where that is another than ``folder``; and what a user should know.
+    card_folder: Path | None = None
+    notes: tuple[str, ...] = ()
     _bytes_read: int = 0
 
     @property

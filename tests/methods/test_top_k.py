@@ -26,9 +26,9 @@ SMALLEST = 2.0**-149  # the smallest positive fp32 number
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every property holds with a good bracket, with one that would collect too much, and with one that misleads."""
     if request.param == "too wide":
-        monkeypatch.setattr(top_k, "_bracket", lambda threshold, sample: [None] * len(threshold.ranks))
+        monkeypatch.setattr(top_k, "_bracket", lambda share, ordered, whole: (None, []))
     if request.param == "missed":
-        monkeypatch.setattr(top_k, "_bracket", lambda threshold, sample: [(7, 9)] * len(threshold.ranks))
+        monkeypatch.setattr(top_k, "_bracket", lambda share, ordered, whole: ((7, 9), []))
     return request.param
 
 
@@ -181,7 +181,7 @@ def test_ties_are_counted_only_where_they_matter() -> None:
     distinct = torch.randperm(1000, generator=generator).float() + 1
     for values, tied in [(distinct, False), (torch.zeros(1000), False), (torch.ones(1000), True)]:
         largest, _ = counted_masks(opened({"m": {"w": values}}), [200])
-        assert bool(largest.groups[""].equal_before) is tied
+        assert bool(largest.groups[""].cuts[0][0].equal_before) is tied
 
 
 def test_a_sample_brackets_a_large_vector(way: str) -> None:
@@ -201,6 +201,38 @@ def test_a_sample_brackets_a_large_vector(way: str) -> None:
         total: Partial = {}
         for at in opened({"m": {"w": values}}).chunks("w"):
             add_partial(total, largest.measure(opened({"m": {"w": values}}).view("w", *at)))
-        low, high = largest.conclude(total).groups[""].bracket[0][0]  # type: ignore[index]
+        low, high = largest.conclude(total).groups[""].cuts[0][0].bracket  # type: ignore[misc]
         inside = magnitude_bits(values)
         assert 0 < int(((inside >= low) & (inside < high)).sum()) < 0.03 * values.numel()
+
+
+def test_few_distinct_magnitudes_take_one_pass(way: str) -> None:
+    """Where a sample meets the same magnitudes again and again, they are counted by block: nothing is read again."""
+    generator = torch.Generator().manual_seed(7)
+    values = (torch.randn(5 * GRID + 77, generator=generator) * 8).round() / 1024
+    # A magnitude too rare for the sample decides some ranks, and ties there.
+    values[torch.randperm(values.numel(), generator=generator)[:9]] = 5 / 2048
+    vectors = opened({"m": {"w": values}})
+    order = values.abs().sort(descending=True).values
+    rare = int((order > 5 / 2048).sum())
+    for rank in (1, 100, 50_000, rare, rare + 1, rare + 5, rare + 9, rare + 10, 300_000, values.numel()):
+        largest, (mask,) = counted_masks(vectors, [rank])
+        expected = sorted_masks({"w": values}, lambda n, rank=rank: rank, "model")["w"]
+        assert torch.equal(mask["w"] & (values != 0), expected & (values != 0)), rank
+        assert int((largest.trim(vectors.view("w"))[0] != 0).sum()) == min(rank, int((values != 0).sum()))
+    if way == "sampled":
+        largest = LargestEntries(tensors={"w": vectors.info("w")}, ranks=lambda n: [n // 5])
+        passes = 0
+        while not largest.complete:
+            largest, passes = largest.conclude(largest.measure(vectors.view("w"))), passes + 1
+        assert passes == 2 and largest.cuts(vectors.view("w"))[0].tied
+
+
+def test_where_all_tensors_are_in_the_sample_the_bracket_is_as_narrow_as_can_be(way: str) -> None:
+    if way != "sampled":
+        pytest.skip("the bracket is forced")
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(8))
+    largest = LargestEntries(tensors={"w": TensorInfo((5000,), torch.float32)}, ranks=lambda n: [1000])
+    low, high = largest.conclude(largest.measure(opened({"m": {"w": values}}).view("w"))).groups[""].cuts[0][0].bracket
+    bits = magnitude_bits(values)
+    assert int(((bits >= low) & (bits < high)).sum()) <= 3
