@@ -48,7 +48,7 @@ class Dare(Transform):
         >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
         >>> from lightning_merge.methods import TaskArithmetic
         >>> TaskArithmetic(scale=1)(task_vectors, transforms=[Dare(drop_rate=0.5)], seed=1)["weight"]
-        tensor([1.0000, 2.0000, 4.5000, 2.0000])
+        tensor([1.0000, 4.0000, 4.5000, 2.0000])
     """
 
     drop_rate: PerModel = hyperparameter(0.9, "[0, 1)")

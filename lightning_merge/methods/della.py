@@ -106,7 +106,7 @@ class Della(Transform):
         >>> task_vectors = TaskVectors.open(base, {"a": a, "b": b})
         >>> from lightning_merge.methods import TaskArithmetic
         >>> TaskArithmetic(scale=1)(task_vectors, transforms=[Della(density=0.5, epsilon=0.25)], seed=1)["weight"]
-        tensor([1.2571, 2.0000, 3.8571, 2.6667])
+        tensor([1.8571, 3.3333, 4.4571, 2.6667])
     """
 
     density: PerModel = hyperparameter(0.7, "(0, 1]")

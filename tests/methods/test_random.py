@@ -165,4 +165,4 @@ def test_another_process_with_another_hash_seed_gives_the_same_bytes() -> None:
 def test_the_stream_is_pinned() -> None:
     """A merge of today must be the merge of tomorrow: the draws may change only in a release that says so."""
     mask = keep_mask(0.3, 42, "cars", "encoder.layer.0.weight", 0, GRID + 100)
-    assert hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16] == "522b38c19659e03b"
+    assert hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16] == "89d70eab3c33c2bf"
