@@ -196,7 +196,7 @@ def merge_parts(
     report = MergeReport(
         output,
         recipe,
-        passes=len(foreseen.passes),
+        passes=foreseen.pass_count,
         bytes_read=foreseen.bytes_read,
         bytes_written=sum(info.nbytes for info in infos.values()),
         peak_memory_bytes=foreseen.peak_memory_bytes,

@@ -11,7 +11,7 @@ from lightning_merge.execution import Job
 from lightning_merge.methods.base import Step
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.tensor_view import CHUNK
-from lightning_merge.weights import Finding
+from lightning_merge.weights import Finding, WeightSource
 
 # Entries held of one piece for each model and step, in multiples of the piece: read, computed, and on their way out.
 _COPIES = 3.0
@@ -24,7 +24,8 @@ class Plan:
     """What a merge will take.
 
     Attributes:
-        passes: Each pass over the weights, in words.
+        passes: What the weights are read for, in words.
+        pass_count: How often they are read, small samples not counted.
         bytes_read: Of all inputs together, over all passes.
         bytes_written: Of the weights.
         peak_memory_bytes: Private memory of all processes together; pages of the files that the system keeps in its
@@ -34,6 +35,7 @@ class Plan:
     """
 
     passes: list[str]
+    pass_count: int
     bytes_read: int
     bytes_written: int
     peak_memory_bytes: int
@@ -56,24 +58,23 @@ def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[
     """Foresee a merge; see :class:`Plan`."""
     passes: list[str] = []
     read = 0
-    held = 0.0
+    count = held = 0.0
     for number, (steps, vectors) in enumerate(job.parts):
         where = f" (part {number + 1} of {len(job.parts)})" if len(job.parts) > 1 else ""
-        merged = sum(
-            source.tensors[stored].nbytes
-            for source in vectors.sources
-            for name in vectors.tensor_names
-            if (stored := source.stored_name(name)) is not None
-        )
+        models = sum(_merged_bytes(source, vectors) for source in vectors.models.values())
+        base = _merged_bytes(vectors.base, vectors) if vectors.base and any(s.reads_base for s in steps) else 0
         for step in steps:
-            measuring = step.measuring_passes
-            if not measuring:
+            if not step.measuring_passes:
                 continue
+            measured = round(step.measuring_passes * (base + models))
             reach = "the whole model" if step.reach == "model" else "each tensor, just before it is used"
-            passes.append(f"{type(step).__name__} measures {reach}: {measuring:g} × {merged / 1e6:,.1f} MB{where}")
-            read += round(measuring * merged)
+            times = f"{step.measuring_passes:g} × " if step.measuring_passes != 1 else ""
+            passes.append(f"{type(step).__name__} measures {reach}: {times}{(base + models) / 1e6:,.1f} MB read{where}")
+            read += measured
+        merged = base + models * (1 + any(step.reads_own_entries for step in steps))
         passes.append(f"merge and write: {merged / 1e6:,.1f} MB read{where}")
         read += merged
+        count = max(count, 1 + sum(step.measuring_passes for step in steps))
         held = max(held, _held(steps, vectors, threads * workers))
     copied = sum(
         vectors.info(name).nbytes
@@ -90,7 +91,21 @@ def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[
                 f"{free / 1e6:,.1f} MB left. Expected another place, or a smaller dtype.",
             )
         )
-    return Plan(passes, read + copied, job.output.nbytes, round(held) + _START * (workers + (workers > 1)), free, found)
+    return Plan(
+        passes,
+        round(count),
+        read + copied,
+        job.output.nbytes,
+        round(held) + _START * (workers + (workers > 1)),
+        free,
+        found,
+    )
+
+
+def _merged_bytes(source: WeightSource, vectors: TaskVectors) -> int:
+    """Bytes of the tensors of one model that are merged."""
+    stored = (source.stored_name(name) for name in vectors.tensor_names)
+    return sum(source.tensors[name].nbytes for name in stored if name is not None)
 
 
 def _held(steps: Sequence[Step], vectors: TaskVectors, threads: int) -> float:

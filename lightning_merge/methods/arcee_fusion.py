@@ -102,6 +102,11 @@ class ArceeFusion(TensorMerge):
     max_models: ClassVar[int | None] = 1
 
     @property
+    def measuring_passes(self) -> float:
+        """The magnitudes, then the quartiles of the scores."""
+        return 4.0
+
+    @property
     def layout(self) -> Literal["pieces", "rows", "tensor"]:
         """Whole rows, over which the softmax goes."""
         return "rows"

@@ -59,6 +59,11 @@ class SimpleAverage(TensorMerge):
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
     needs_base: ClassVar[bool] = False
 
+    @property
+    def reads_base(self) -> bool:
+        """The base takes no part."""
+        return False
+
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the mean over the models."""
         # In fp64 a sum of equal fp32 numbers is exact, and so is their average.
@@ -103,6 +108,11 @@ class WeightedAverage(TensorMerge):
 
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
     needs_base: ClassVar[bool] = False
+
+    @property
+    def reads_base(self) -> bool:
+        """The base takes no part."""
+        return False
 
     def check_models(self, models: Sequence[str]) -> None:
         """Check the models, and that the weights can be normalised."""

@@ -109,8 +109,18 @@ class Step(ABC):
 
     @property
     def measuring_passes(self) -> float:
-        """How many passes over its reach a step usually measures before it is applied; for plans."""
+        """How many passes a step usually measures before it is applied, samples not counted; for plans."""
         return 0.0 if self.elementwise else 1.0
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base is read where there is one; for plans."""
+        return True
+
+    @property
+    def reads_own_entries(self) -> bool:
+        """Whether the models' own entries are read beside their task vectors when it is applied; for plans."""
+        return False
 
     def check(self, task_vectors: TaskVectors) -> None:
         """Check the models against what the step can do, from headers alone.

@@ -39,6 +39,11 @@ class Expo(TensorMerge):
     paper: ClassVar[str] = "Model Extrapolation Expedites Alignment (Zheng et al., 2024), arXiv 2404.16792"
     max_models: ClassVar[int | None] = 1
 
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return θ + α τ, with the ends bit for bit."""
         if self.alpha == -1:

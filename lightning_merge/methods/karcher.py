@@ -103,6 +103,11 @@ class Karcher(GramMerge):
     )
     needs_base: ClassVar[bool] = False
 
+    @property
+    def reads_base(self) -> bool:
+        """The base takes no part."""
+        return False
+
     def check_models(self, models: Sequence[str]) -> None:
         """Check the models, and that one has a weight."""
         super().check_models(models)

@@ -42,6 +42,11 @@ class NearSwap(TensorMerge):
     paper: ClassVar[str] = "no paper; mergekit's nearswap"
     max_models: ClassVar[int | None] = 1
 
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the model's entry where it is near, else the base's moved by t."""
         delta = view.deltas[0]

@@ -35,6 +35,11 @@ class Passthrough(TensorMerge):
     needs_base: ClassVar[bool] = False
     max_models: ClassVar[int | None] = 1
 
+    @property
+    def reads_base(self) -> bool:
+        """The base takes no part."""
+        return False
+
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the model's entries, scaled."""
         return view.finetuned[0] * self.scale

@@ -168,6 +168,16 @@ class Pcb(TensorMerge):
     paper: ClassVar[str] = "PCB-Merging (Du et al., 2024), arXiv 2410.02396"
 
     @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
+    @property
+    def measuring_passes(self) -> float:
+        """Extremes, sums of scores, their ranks, and what they are scaled by."""
+        return 5.0
+
+    @property
     def reach(self) -> Literal["tensor", "model"]:
         """Scores compete over the whole model."""
         return "model"

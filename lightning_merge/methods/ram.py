@@ -95,6 +95,16 @@ class Ram(TensorMerge):
 
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models (Yuan et al., 2026), arXiv 2601.13572"
 
+    @property
+    def measuring_passes(self) -> float:
+        """The floor; mergekit's is given."""
+        return 1.0 if self.compat == "paper" else 0.0
+
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
     def begin(self, header: Header) -> Context:
         """Ask for the tensor's scale, where ε goes by that."""
         if self.compat == "mergekit":

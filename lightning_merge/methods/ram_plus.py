@@ -65,6 +65,16 @@ class RamPlus(TensorMerge):
     paper: ClassVar[str] = "Behavior Knowledge Merge in Reinforced Agentic Models (Yuan et al., 2026), arXiv 2601.13572"
 
     @property
+    def measuring_passes(self) -> float:
+        """The floor, then the share that is unique; mergekit's floor is given."""
+        return 2.0 if self.compat == "paper" else 1.0
+
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
+    @property
     def reach(self) -> Literal["tensor", "model"]:
         """Over what shared and unique entries are counted."""
         return "model" if self.compat == "paper" else "tensor"

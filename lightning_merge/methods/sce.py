@@ -101,6 +101,16 @@ class Sce(TensorMerge):
 
     paper: ClassVar[str] = "FuseChat (Wan et al., 2024), arXiv 2408.07990"
 
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return self.compat == "paper"
+
+    @property
+    def measuring_passes(self) -> float:
+        """One for the selection, one for the squares."""
+        return 1.0 + float(self.density != 1)
+
     def begin(self, header: Header) -> Context:
         """Plan how many entries are selected."""
         entries = sum(info.numel for info in header.tensors.values())

@@ -68,6 +68,11 @@ class TallMask(TensorMerge):
 
     paper: ClassVar[str] = "Localizing Task Information (Wang et al., 2024), arXiv 2405.07813"
 
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return True
+
     def check_models(self, models: Sequence[str]) -> None:
         """Check the models, and that one of them is the task's."""
         super().check_models(models)

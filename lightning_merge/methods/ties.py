@@ -149,6 +149,16 @@ class Ties(TensorMerge):
 
     paper: ClassVar[str] = "TIES-Merging (Yadav et al., 2023), arXiv 2306.01708"
 
+    @property
+    def reads_own_entries(self) -> bool:
+        """Entries that equal one model's are that model's own."""
+        return self.scale == 1 and self.compat == "paper"
+
+    @property
+    def measuring_passes(self) -> float:
+        """One for the trim, and in the paper's form one for the majority sign."""
+        return float(self.density != 1) + float(self.compat == "paper")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, given in (("weights", self.weights != 1.0), ("rescale", self.rescale)):
