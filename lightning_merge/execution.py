@@ -122,7 +122,7 @@ def _make(
     for number, (steps, vectors) in enumerate(job.parts):
         if number not in active:
             continue
-        chain = Chain(steps, vectors, job.seed, threads, job.device)
+        chain = Chain(steps, vectors, job.seed, threads, None if job.device == "cpu" else job.device)
         merged = set(vectors.tensor_names)
         here = [name for part, name in wanted if part == number]
         to_measure = [name for part, name in measured if part == number]

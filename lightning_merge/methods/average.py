@@ -57,6 +57,7 @@ class SimpleAverage(TensorMerge):
     """
 
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
+    device_ready: ClassVar[bool] = True
     needs_base: ClassVar[bool] = False
 
     @property
@@ -107,6 +108,7 @@ class WeightedAverage(TensorMerge):
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Model soups (Wortsman et al., 2022), arXiv 2203.05482"
+    device_ready: ClassVar[bool] = True
     needs_base: ClassVar[bool] = False
 
     @property

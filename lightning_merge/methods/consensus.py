@@ -67,6 +67,7 @@ class Consensus(TensorMerge):
     scale: PerTensor = hyperparameter(0.3, "[-100, 100]")
 
     paper: ClassVar[str] = "Localizing Task Information (Wang et al., 2024), arXiv 2405.07813"
+    device_ready: ClassVar[bool] = True
 
     def check_models(self, models: Sequence[str]) -> None:
         """Check the models, and that there are enough to agree."""

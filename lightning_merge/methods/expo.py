@@ -37,6 +37,7 @@ class Expo(TensorMerge):
     alpha: PerTensor = hyperparameter(0.3, "[-1, 100]")
 
     paper: ClassVar[str] = "Model Extrapolation Expedites Alignment (Zheng et al., 2024), arXiv 2404.16792"
+    device_ready: ClassVar[bool] = True
     max_models: ClassVar[int | None] = 1
 
     @property

@@ -50,6 +50,7 @@ class IsoC(TensorMerge):
     scale: PerTensor = hyperparameter(1.0, "[-100, 100]")
 
     paper: ClassVar[str] = "Isotropic Model Merging (Marczak et al., 2025), arXiv 2502.04959"
+    device_ready: ClassVar[bool] = True
     tensor_copies: ClassVar[float] = 3.5
 
     @property

@@ -80,6 +80,7 @@ class MagMax(TensorMerge):
     scale: PerTensor = hyperparameter(0.5, "[-100, 100]")
 
     paper: ClassVar[str] = "MagMax (Marczak et al., 2024), arXiv 2407.06322"
+    device_ready: ClassVar[bool] = True
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return θ₀ + λ · the largest change, or with λ = 1 the entry of the model that made it."""

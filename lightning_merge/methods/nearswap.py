@@ -40,6 +40,7 @@ class NearSwap(TensorMerge):
     t: PerTensor = hyperparameter(0.0001, "[0, 100]")
 
     paper: ClassVar[str] = "no paper; mergekit's nearswap"
+    device_ready: ClassVar[bool] = True
     max_models: ClassVar[int | None] = 1
 
     @property

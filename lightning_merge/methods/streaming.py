@@ -45,7 +45,8 @@ class Chain:
         task_vectors: The models.
         seed: Of the steps that draw at random.
         threads: How many work side by side; as many as there are cores by default.
-        device: Where steps that are ``device_ready`` compute; the others, and all reading, stay on the host.
+        device: Where steps that are ``device_ready`` compute; the others, and all reading, stay on the host, which is
+            what ``None`` means for all.
 
     Cost: one reading pass over all models for each measuring pass of a model-wide step, and one to apply; memory holds
     a few pieces of 2¹⁷ entries of T models for each thread.
@@ -57,9 +58,9 @@ class Chain:
         task_vectors: TaskVectors,
         seed: int = 0,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = torch.device(device) if device else None
         self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
         self.threads = threads or os.cpu_count() or 1
         self._passes = 0
@@ -113,7 +114,7 @@ class Chain:
 
     def _apply(self, position: int, view: TensorView, contexts: dict[int, Context]) -> Tensor:
         step = self.step(position, view.name)
-        if self.device.type == "cpu" or not step.device_ready:
+        if self.device is None or not step.device_ready:
             return step.apply(view, contexts[position])
         return step.apply(view.on(self.device), contexts[position]).cpu()
 

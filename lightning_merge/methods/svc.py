@@ -73,6 +73,7 @@ class Svc(Refinement):
     alpha: PerTensor = hyperparameter(0.1, "(0, 1]")
 
     paper: ClassVar[str] = "Singular Value Calibration (Li et al., 2026), arXiv 2602.05536"
+    device_ready: ClassVar[bool] = True
     tensor_copies: ClassVar[float] = 8.0
 
     @property

@@ -67,6 +67,7 @@ class TallMask(TensorMerge):
     threshold: PerTensor = hyperparameter(0.4, "[0, 100]")
 
     paper: ClassVar[str] = "Localizing Task Information (Wang et al., 2024), arXiv 2405.07813"
+    device_ready: ClassVar[bool] = True
 
     @property
     def reads_own_entries(self) -> bool:

@@ -63,6 +63,7 @@ class TaskArithmetic(TensorMerge):
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Editing Models with Task Arithmetic (Ilharco et al., 2023), arXiv 2212.04089"
+    device_ready: ClassVar[bool] = True
 
     def check_models(self, models: Sequence[str]) -> None:
         """Check the models, and that the weights can be normalised."""

@@ -62,6 +62,7 @@ class TsvM(TensorMerge):
     scale: PerTensor = hyperparameter(1.0, "[-100, 100]")
 
     paper: ClassVar[str] = "Task Singular Vectors (Gargiulo et al., 2025), arXiv 2412.00081"
+    device_ready: ClassVar[bool] = True
     tensor_copies: ClassVar[float] = 6.0
 
     @property

@@ -40,6 +40,7 @@ class WiseFT(TensorMerge):
     alpha: PerTensor = hyperparameter(0.5, "[0, 1]")
 
     paper: ClassVar[str] = "Robust fine-tuning of zero-shot models (Wortsman et al., 2022), arXiv 2109.01903"
+    device_ready: ClassVar[bool] = True
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return (1 − α) θ₀ + α · mean of θ_t."""

@@ -148,6 +148,7 @@ class Wudi(TensorMerge):
     exclude: list[str] = field(default_factory=lambda: ["embed", r"(^|\.)(wte|wpe|shared)\."])
 
     paper: ClassVar[str] = "WUDI-Merging (Cheng et al., 2025), arXiv 2503.08099"
+    device_ready: ClassVar[bool] = True
     tensor_copies: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:

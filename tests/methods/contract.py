@@ -351,6 +351,24 @@ class MethodContract:
         torch.set_num_threads(threads)
         assert sorted(both) == sorted(expected)
 
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_on_a_device_it_is_the_same(self, row: Row, models: tuple[State, dict[str, State]], device: str) -> None:
+        """On "cpu" the way through a device is taken, to the same bytes; a GPU agrees to rounding."""
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("there is no GPU here")
+        if not row.method.device_ready:
+            pytest.skip("computes on the host")
+        steps, chosen = resolve(row.step(), opened(*models), (), SEED, row.score)
+        host = Chain(steps, chosen, SEED, threads=1).run()
+        there = Chain(steps, chosen, SEED, threads=1, device=device).run()
+        for (name, start, expected), (at, begin, found) in zip(host, there, strict=True):
+            assert (name, start) == (at, begin) and found.device.type == "cpu"
+            if device == "cpu":
+                assert found.numpy().tobytes() == expected.numpy().tobytes()
+            else:
+                bound = 1e-6 * row.tolerance
+                torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+
     def test_interrupted_and_resumed_it_is_the_same_file(
         self, row: Row, models: tuple[State, dict[str, State]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
