@@ -78,6 +78,8 @@ def descend(matrices: Collection[Tensor], iterations: int, learning_rate: float)
     In fp64: Adam divides by the size of past gradients, which makes steps of the rounding of small ones.
     """
     point = total_of(matrices)
+    if sum(bool(matrix.any()) for matrix in matrices) <= 1:
+        return point  # the minimum itself, where all slope is rounding
     gradient = interference_gradient(matrices)
     first, second = torch.zeros_like(point), torch.zeros_like(point)
     for step in range(1, iterations + 1):

@@ -74,6 +74,7 @@ class Row:
         tolerance: By how many times the rounding of one operation the result may differ from the reference: more
             than 1 only where an iteration or decomposition stands between them.
         base_changes: Whether a method that does without a base gives another result with one.
+        three_only: Whether the reference is written for ``count`` models and for no other number.
     """
 
     method: type[MergeMethod]
@@ -90,6 +91,7 @@ class Row:
     count: int = 3
     tolerance: float = 1.0
     base_changes: bool = False
+    three_only: bool = False
 
     def __str__(self) -> str:
         return self.method.__name__ + (f"-{self.label}" if self.label else "")
@@ -223,6 +225,30 @@ class MethodContract:
             assert merged[name].shape == SHAPES[name]
             np.testing.assert_allclose(
                 merged[name].double().numpy(), expected[name], rtol=relative, atol=absolute, err_msg=name
+            )
+
+    def test_one_model_follows_the_formula_too(self, row: Row) -> None:
+        if (
+            row.three_only
+            or row.method.min_models > 1
+            or any(isinstance(value, Mapping) for value in row.settings.values())
+        ):
+            pytest.skip("takes several models, or names them")
+        try:
+            row.step().check_models(["a"])
+        except UserError as refused:
+            pytest.skip(f"with these settings: {refused}")
+        base, models = grid_models(count=1)
+        alone = {"a": models["c"]}
+        merged = row.step()(opened(base, alone), seed=SEED, score=row.score)
+        expected = row.reference(arrays(base), {"a": arrays(alone["a"])})
+        for name in SHAPES:
+            np.testing.assert_allclose(
+                merged[name].double().numpy(),
+                expected[name],
+                rtol=1e-7 * row.tolerance,
+                atol=4e-7 * row.tolerance,
+                err_msg=name,
             )
 
     def test_unchanged_models_leave_the_base(self, row: Row) -> None:

@@ -174,19 +174,19 @@ ROWS = [
         label="mergekit", count=2, tolerance=64, base_changes=True, copies={"along": "row", **THEIRS},
         copies_exact=False,
     ),
-    Row(MultiSlerp, of_task_vectors(multislerp([1, 1, 1])), tolerance=4, base_changes=True, copies={}, alone={}),
+    Row(MultiSlerp, of_task_vectors(multislerp([1, 1, 1])), three_only=True, tolerance=4, base_changes=True, copies={}, alone={}),
     Row(
         MultiSlerp, of_task_vectors(multislerp([1, 0.25, 2], normalize=False)), {"weights": UNEVEN, "normalize": False},
         label="not-normalized", tolerance=8, base_changes=True, alone={"weights": 1.0, "normalize": False},
     ),
-    Row(Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), tolerance=2, copies={}, alone={}),
+    Row(Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), three_only=True, tolerance=2, copies={}, alone={}),
     Row(
         Karcher, of_weights(karcher([1, 0.25, 2], 100, 1e-12)),
         {"weights": UNEVEN, "max_iterations": 100, "tolerance": 1e-12}, label="by-name", tolerance=2,
         copies={"weights": UNEVEN}, alone={"weights": {"c": 0.7}},
     ),
     Row(
-        Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), THEIRS, label="mergekit", tolerance=2, copies=THEIRS,
+        Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), THEIRS, label="mergekit", three_only=True, tolerance=2, copies=THEIRS,
         alone=THEIRS,
     ),
     Row(ModelStock, of_task_vectors(stock()), tolerance=2, copies={}),
