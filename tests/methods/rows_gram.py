@@ -174,7 +174,10 @@ ROWS = [
         label="mergekit", count=2, tolerance=64, base_changes=True, copies={"along": "row", **THEIRS},
         copies_exact=False,
     ),
-    Row(MultiSlerp, of_task_vectors(multislerp([1, 1, 1])), three_only=True, tolerance=4, base_changes=True, copies={}, alone={}),
+    Row(
+        MultiSlerp, of_task_vectors(multislerp([1, 1, 1])), three_only=True, tolerance=4, base_changes=True, copies={},
+        alone={},
+    ),
     Row(
         MultiSlerp, of_task_vectors(multislerp([1, 0.25, 2], normalize=False)), {"weights": UNEVEN, "normalize": False},
         label="not-normalized", tolerance=8, base_changes=True, alone={"weights": 1.0, "normalize": False},
@@ -186,8 +189,8 @@ ROWS = [
         copies={"weights": UNEVEN}, alone={"weights": {"c": 0.7}},
     ),
     Row(
-        Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), THEIRS, label="mergekit", three_only=True, tolerance=2, copies=THEIRS,
-        alone=THEIRS,
+        Karcher, of_weights(karcher([1, 1, 1], 10, 1e-5)), THEIRS, label="mergekit", three_only=True, tolerance=2,
+        copies=THEIRS, alone=THEIRS,
     ),
     Row(ModelStock, of_task_vectors(stock()), tolerance=2, copies={}),
     Row(

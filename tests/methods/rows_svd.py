@@ -159,5 +159,8 @@ ROWS = [
         Svc, svc(weighted_sum(1.0), 0.6), {"method": TaskArithmetic(scale=1.0), "alpha": 0.6}, label="0.6", count=2,
         tolerance=2,
     ),
-    Row(Svc, svc(tsv_m, 1.0, others=weighted_sum(1 / 3)), {"method": TsvM(), "alpha": 1.0}, label="tsv", tolerance=2, three_only=True),
+    Row(
+        Svc, svc(tsv_m, 1.0, others=weighted_sum(1 / 3)), {"method": TsvM(), "alpha": 1.0}, label="tsv", tolerance=2,
+        three_only=True,
+    ),
 ]  # fmt: skip
