@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lightning_merge.cli import method_markdown
+from lightning_merge.method_pages import method_markdown
 from lightning_merge.methods import available_methods
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_merge.digests import Digests
 from lightning_merge.errors import UserError, unknown
 from lightning_merge.execution import Done, Job, Part, carry_out
 from lightning_merge.journal import Workplace, remove_leftovers
@@ -32,13 +32,12 @@ from lightning_merge.outputs import (
     provenance,
     record_of,
     refuse_other_content,
-    sha256_of_values,
     write_checkpoint,
 )
 from lightning_merge.planning import Plan, plan
 from lightning_merge.recipe import describe, resolved_recipe, to_yaml
 from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.weights import Finding, TensorInfo, WeightSource, fingerprint, open_weights, sha256_of_source
+from lightning_merge.weights import Finding, TensorInfo, WeightSource, open_weights
 from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
 from lightning_merge.weights.output_files import OutputFiles, parse_size
 from lightning_merge.weights.quantized import quantization_settings
@@ -207,7 +206,7 @@ def merge_parts(
     if dry_run:
         return report
 
-    hashing = _Hashing(parts)
+    hashing = Digests(parts)
     identity = {"recipe": recipe, "models": list(report.models), "companions": _named(companions)}
     known = record_of(output).is_file() and not overwrite
     if known and holds(output, digest({**identity, "sha256": hashing.result()})):
@@ -335,44 +334,6 @@ def _put_in_place(
     write_text(files / "merge.json", text)
     write_text(files / "README.md", card)
     replace_folder(files, output)
-
-
-class _Hashing:
-    """Digests of all sources, taken beside the merge by a thread of their own."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.sources: dict[str, WeightSource] = {}
-        self.seconds = 0.0
-        computed = {}
-        for part in parts:
-            vectors = part.task_vectors
-            if vectors.base is not None:
-                self.sources.setdefault("", vectors.base)
-            for name, vector in vectors.items():
-                if vector.finetuned is None:
-                    computed[name] = vector
-                else:
-                    self.sources.setdefault(name, vectors.models[name])
-        self._hashes = {name: sha256_of_values(vector) for name, vector in computed.items()}
-        self.fingerprints = {name: fingerprint(source) for name, source in self.sources.items()} | self._hashes
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        started = time.perf_counter()
-        try:
-            self._hashes |= {name: sha256_of_source(source) for name, source in self.sources.items()}
-        except Exception as error:
-            self._error = error
-        self.seconds = time.perf_counter() - started
-
-    def result(self) -> dict[str, str]:
-        """Wait for the digests and return them; the base is called by the empty name."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return dict(sorted(self._hashes.items()))
 
 
 def _named(companions: Mapping[str, str | bytes | Path] | None) -> list[str] | None:

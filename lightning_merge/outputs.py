@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.journal import begun
 from lightning_merge.recipe import COMPUTED, to_yaml
-from lightning_merge.task_vectors import TaskVector
 from lightning_merge.weights import WeightSource, read_checkpoint
 from lightning_merge.weights.card import Provenance, SourceRecord, model_card
 from lightning_merge.weights.output_files import INDEX_FILE
@@ -68,16 +67,6 @@ def holds(output: Path, recipe_hash: str) -> bool:
 def digest(content: Any) -> str:
     """Return a sha256 of plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of_values(vector: TaskVector) -> str:
-    """Return the sha256 of a task vector that algebra made: of its values, since no file holds them."""
-    found = hashlib.sha256()
-    for name in vector.space.tensor_names:
-        found.update(f"{name}:{vector.space.shape(name)};".encode())
-        for start, stop in vector.space.chunks(name):
-            found.update(vector.read(name, start, stop).contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def versions() -> dict[str, str]:

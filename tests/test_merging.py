@@ -440,7 +440,7 @@ def test_a_dry_run_reads_no_hash_and_writes_nothing(
     def refuse(*_: Any) -> None:
         raise AssertionError("a source was hashed")
 
-    monkeypatch.setattr("lightning_merge.merging.sha256_of_source", refuse)
+    monkeypatch.setattr("lightning_merge.digests.sha256_of_source", refuse)
     before = listing(tmp_path)
     report = merge(Ties(), three, tmp_path / "new" / "out.safetensors", dry_run=True)
     assert report.bytes_written == three.template.nbytes and listing(tmp_path) == before

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_merge.cli import VERBS, method_markdown
+from lightning_merge.cli import VERBS
+from lightning_merge.method_pages import method_markdown
 from lightning_merge.methods import available_methods
 
 ROOT = Path(__file__).parent.parent

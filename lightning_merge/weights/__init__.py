@@ -3,13 +3,11 @@
 from lightning_merge.weights.compatibility import Finding, find_incompatibilities
 from lightning_merge.weights.hashing import fingerprint, sha256_of_file, sha256_of_source
 from lightning_merge.weights.memory import peak_memory_bytes, private_memory_bytes, reset_peak_memory
+from lightning_merge.weights.opening import open_weights, read_checkpoint, resolve_path
 from lightning_merge.weights.source import (
     MemorySource,
     SafetensorsSource,
     WeightSource,
-    open_weights,
-    read_checkpoint,
-    resolve_path,
 )
 from lightning_merge.weights.tensor_info import TensorInfo
 from lightning_merge.weights.writer import SafetensorsWriter, save_safetensors

@@ -19,13 +19,11 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.weights.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
 from lightning_merge.weights.adapter_layout import AdaptedModule, Layout, lay_out
+from lightning_merge.weights.opening import open_weights, read_checkpoint, resolve_path
 from lightning_merge.weights.source import (
     MemorySource,
     SafetensorsSource,
     WeightSource,
-    open_weights,
-    read_checkpoint,
-    resolve_path,
 )
 from lightning_merge.weights.tensor_info import TensorInfo
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_merge.errors import UserError
 from lightning_merge.weights import TensorInfo, WeightSource, open_weights, sha256_of_file, sha256_of_source
-from lightning_merge.weights import source as source_module
+from lightning_merge.weights import opening as source_module
 
 
 def assert_holds(source: WeightSource, expected: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,60 @@
+"""Digests of everything that goes into a merge, taken beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+
+from lightning_merge.execution import Part
+from lightning_merge.task_vectors import TaskVector
+from lightning_merge.weights import WeightSource, fingerprint, sha256_of_source
+
+
+class Digests:
+    """Digests of all sources, taken beside the merge by a thread of their own."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.sources: dict[str, WeightSource] = {}
+        self.seconds = 0.0
+        computed = {}
+        for part in parts:
+            vectors = part.task_vectors
+            if vectors.base is not None:
+                self.sources.setdefault("", vectors.base)
+            for name, vector in vectors.items():
+                if vector.finetuned is None:
+                    computed[name] = vector
+                else:
+                    self.sources.setdefault(name, vectors.models[name])
+        self._hashes = {name: sha256_of_values(vector) for name, vector in computed.items()}
+        self.fingerprints = {name: fingerprint(source) for name, source in self.sources.items()} | self._hashes
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._hashes |= {name: sha256_of_source(source) for name, source in self.sources.items()}
+        except Exception as error:
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def result(self) -> dict[str, str]:
+        """Wait for the digests and return them; the base is called by the empty name."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return dict(sorted(self._hashes.items()))
+
+
+def sha256_of_values(vector: TaskVector) -> str:
+    """Return the sha256 of a task vector that algebra made: of its values, since no file holds them."""
+    found = hashlib.sha256()
+    for name in vector.space.tensor_names:
+        found.update(f"{name}:{vector.space.shape(name)};".encode())
+        for start, stop in vector.space.chunks(name):
+            found.update(vector.read(name, start, stop).contiguous().numpy().tobytes())
+    return found.hexdigest()
