@@ -363,8 +363,12 @@ class TaskVectors(Mapping[str, TaskVector]):
         # The sum is not finite if an entry is not; only then are the entries looked at (a sum may overflow).
         if math.isfinite(values.sum().item()) or values.isfinite().all():
             return
-        for source in [*([self.base] if self.base else []), *self.models.values()]:
+        for source in self.sources:
             self._values(source, name, start, stop)
+        raise UserError(
+            f"Tensor '{name}' differs by more than {self.compute_dtype(name)} holds between the base and a model (among "
+            f"its entries {start} to {stop}). Expected weights of a like size; leave it out with --ignore REGEX."
+        )
 
     def sample_delta(self, model: str, name: str, start: int, stop: int, stride: int) -> Tensor:
         """Return every ``stride``-th entry of a flat piece of τ, reading no more than those where that is possible."""

@@ -71,6 +71,8 @@ class Step(ABC):
     max_models: ClassVar[int | None] = None
     needs_statistics: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
+    # Whether the step draws at random; each such step of a chain has draws of its own.
+    draws: ClassVar[bool] = False
     # Whether ``apply`` is plain torch on the view's tensors, so that they may lie on an accelerator.
     device_ready: ClassVar[bool] = False
     # For plans: fp32 copies of a piece of all models that ``apply`` holds at once, and the share of the entries that

@@ -56,6 +56,7 @@ class Dare(Transform):
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "Language Models are Super Mario (Yu et al., 2024), arXiv 2311.03099"
+    draws: ClassVar[bool] = True
 
     @property
     def elementwise(self) -> bool:

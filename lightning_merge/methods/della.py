@@ -115,6 +115,7 @@ class Della(Transform):
     compat: Literal["paper", "mergekit"] = "paper"
 
     paper: ClassVar[str] = "DELLA-Merging (Deep et al., 2024), arXiv 2406.11617"
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

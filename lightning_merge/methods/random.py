@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,18 +45,32 @@ def keep_mask(probability: float, seed: int, model: str, tensor: str, start: int
     return torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool))
 
 
-def uniform(seed: int, model: str, tensor: str, start: int, stop: int) -> Tensor:
+def uniform(
+    seed: int, model: str, tensor: str, start: int, stop: int, bits: Literal[16, 32] = 16, plane: int = 0
+) -> Tensor:
     """Draw for each flat index in ``start:stop`` a number in [0, 1), a multiple of 2⁻¹⁶ plus half of that.
 
     The same streams as :func:`keep_mask`: an entry is kept with probability p where its number is below p, to 2⁻¹⁷.
 
+    Args:
+        seed: The merge's seed.
+        model: The model's name.
+        tensor: The tensor's name.
+        start: First index.
+        stop: One past the last index.
+        bits: 32 for probabilities so small that 16 bits would round them; the numbers are then fp64.
+        plane: Of independent streams of the same names; 1 completes words to 32 bits.
+
     Returns:
-        fp32 ``(stop - start,)``.
+        ``(stop - start,)``.
     """
+    if bits == 32:
+        high, low = (uniform(seed, model, tensor, start, stop, plane=which).double() for which in (plane, plane + 1))
+        return high.sub_(2.0**-17).add_(low.mul_(2.0**-16))
     blocks = []
     for block in range(start // GRID, -(-stop // GRID)):
         here = max(start - block * GRID, 0), min(stop - block * GRID, GRID)
-        blocks.append(_words(seed, model, tensor, block, *here).astype(np.float32))
+        blocks.append(_words(seed, model, tensor, block, *here, plane=plane).astype(np.float32))
     words = torch.from_numpy(np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32))
     return words.add_(0.5).mul_(2.0**-16)
 
@@ -72,3 +87,11 @@ def _words(seed: int, model: str, tensor: str, block: int, start: int, stop: int
     stream.advance(block * (GRID // 4) + first)
     numbers = stream.random_raw(-(-stop // 4) - first).astype("<u8", copy=False)
     return numbers.view("<u2")[start - 4 * first : stop - 4 * first]
+
+
+def seed_of_step(seed: int, drawn_before: int) -> int:
+    """Return the seed of a step by how many earlier steps of its chain draw: two thinnings must not agree."""
+    if not drawn_before:
+        return seed
+    digest = hashlib.blake2b(f"{seed}\x00step\x00{drawn_before}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")

@@ -2,8 +2,9 @@
 
 A numeric setting is a number, or one for each model by name (``{cars: 0.3, sun: 0.5}``), and each of those may vary:
 
-- ``[0.2, 1.0]``: linear over depth, between any number of anchors. Layers are numbered by the first number in a name;
-  embeddings lie at depth 0, what follows the layers (a final norm, a head) at depth 1.
+- ``[0.2, 1.0]``: linear over depth, between any number of anchors. Layers are numbered by the first number in a name
+  (``h.3``, ``layer4``), the first at depth 0 and the last at 1; embeddings and stems, known by their names, lie at 0, all
+  else (a final norm, a head) at 1.
 - ``[{tensors: "self_attn", value: 0.3}, {value: 0.5}]``: the first rule whose pattern is found in the tensor's name;
   a rule without a pattern fits every tensor.
 - :class:`ByTensor`: a value for each tensor by its name, from Python.
@@ -19,7 +20,14 @@ from typing import Any
 from lightning_merge.errors import UserError, nearest
 
 _RULE_KEYS = ("tensors", "value")
-_BEFORE_LAYERS = re.compile(r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|patch|cls_token|position)", re.I)
+# What comes before the layers, by the names that models give it; everything else without a number comes behind.
+_BEFORE_LAYERS = re.compile(
+    r"(^|[._])(embed(?!_out)|embeddings?|wte|wpe|tok_embeddings|shared|patch|cls_token|position|stem|ln_pre|"
+    r"norm_pre|conv1|bn1)",
+    re.I,
+)
+# A layer's number stands alone, or behind the word for a layer (ResNet's layer4).
+_LAYER = re.compile(r"(?:^|\.)(?:layer|stage|block)?(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     names = list(names)
     layers: dict[str, tuple[str, int]] = {}
     for name in names:
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        found = _LAYER.search(name)
         if found:
             layers[name] = (name[: found.start()], int(found.group(1)))
     last: dict[str, int] = {}

@@ -24,7 +24,7 @@ from lightning_merge.methods.base import (
     Step,
     Transform,
 )
-from lightning_merge.methods.random import uniform
+from lightning_merge.methods.random import seed_of_step, uniform
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.tensor_view import TensorView
 
@@ -63,6 +63,8 @@ class Chain:
         self.device = torch.device(device) if device else None
         self.steps, self.task_vectors, self.seed = list(steps), task_vectors, seed
         self.threads = threads or os.cpu_count() or 1
+        drawing = [step.draws for step in self.steps]
+        self._seeds = [seed_of_step(seed, sum(drawing[:position])) for position in range(len(self.steps))]
         self._passes = 0
         self._tensor_passes = [0] * len(self.steps)
         self._model_contexts: dict[int, Context] = {}
@@ -121,7 +123,7 @@ class Chain:
     def _measure_model(self, index: int, step: Step, measured: Sequence[str] | None, exchange: Exchange | None) -> None:
         every = self.task_vectors.tensor_names
         tensors = {name: self.task_vectors.info(name) for name in every}
-        context = step.begin(Header(tensors, self.task_vectors.names, self.seed))
+        context = step.begin(Header(tensors, self.task_vectors.names, self._seeds[index]))
         while not context.complete:
             self._passes += 1
             measuring = context
@@ -176,7 +178,7 @@ class Chain:
             if self.steps[position].reach == "model":
                 continue  # the step that is being measured right now
             step = self.step(position, name)
-            header = Header({name: self.task_vectors.info(name)}, self.task_vectors.names, self.seed)
+            header = Header({name: self.task_vectors.info(name)}, self.task_vectors.names, self._seeds[position])
             context = step.begin(header)
             passes = 0
             while not context.complete:
@@ -305,7 +307,8 @@ def rounded(
         return round_to(values, dtype, name)
     # bf16 is the upper half of fp32: a random number below the lower half's range carries with the right probability.
     bits = values.to(torch.float32).view(torch.int32)
-    words = uniform(seed, "rounding", name, start, start + values.numel()).mul_(1 << 16).to(torch.int32)
+    # A plane of its own: no model's draws, whatever its name.
+    words = uniform(seed, "", name, start, start + values.numel(), plane=2).mul_(1 << 16).to(torch.int32)
     carried = (bits + words).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
     # Beyond the largest bf16 the carry would reach infinity.
     return torch.where(carried.isfinite(), carried, values.to(dtype))
@@ -344,7 +347,7 @@ def merge_in_memory(
             merged[name] = torch.empty(info.numel, dtype=dtype if floating else info.dtype)
         else:
             values = chosen.unmerged(name)
-            merged[name] = values.to(dtype) if floating else values
+            merged[name] = round_to(values, dtype, name) if floating and dtype else values
     for name, start, values in Chain(steps, chosen, seed).run():
         merged[name][start : start + values.numel()] = round_to(values, merged[name].dtype, name)
     shaped = {name: values.reshape(chosen.shape(name)) for name, values in merged.items()}

@@ -113,6 +113,19 @@ def test_depth_is_counted_for_each_stack_of_layers() -> None:
     assert depths(["only.0.w"]) == {"only.0.w": 0.0}
 
 
+def test_depth_in_the_names_of_other_families() -> None:
+    resnet = ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer3.1.conv2.weight", "layer4.0.conv1.weight"]
+    assert list(depths([*resnet, "fc.weight"]).values()) == [0.0, 0.0, 0.25, 0.75, 1.0, 1.0]
+    assert depths(["gpt_neox.embed_in.weight", "gpt_neox.layers.1.w", "embed_out.weight"]) == {
+        "gpt_neox.embed_in.weight": 0.0,
+        "gpt_neox.layers.1.w": 1.0,
+        "embed_out.weight": 1.0,
+    }
+    clip = ["visual.ln_pre.weight", "visual.conv1.weight", "visual.transformer.resblocks.2.w", "visual.ln_post.weight"]
+    assert list(depths(clip).values()) == [0.0, 0.0, 1.0, 1.0]
+    assert depths(["shared.weight", "encoder.block.0.w"])["shared.weight"] == 0.0
+
+
 def test_a_schedule_survives_its_recipe(vectors: TaskVectors) -> None:
     method = Ties(density=1.0, scale=ByTensor({name: 0.1 * number for number, name in enumerate(NAMES)}))
     again = Ties(**as_config(method)["init_args"])
