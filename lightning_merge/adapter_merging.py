@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_merge.errors import UserError
 from lightning_merge.low_rank import LowRank, compress, shared_basis, truncate
-from lightning_merge.methods import MergeMethod, SimpleAverage, TaskArithmetic, Transform
+from lightning_merge.methods import ByTensor, MergeMethod, Refinement, SimpleAverage, TaskArithmetic, Transform
 from lightning_merge.methods.average import WeightedAverage
+from lightning_merge.methods.base import Step
+from lightning_merge.methods.schedule import depths, settle
 from lightning_merge.methods.streaming import Chain, resolve
 from lightning_merge.recipe import describe
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import TensorInfo, WeightSource
-from lightning_merge.weights.adapter_layout import AdaptedModule
+from lightning_merge.weights.adapter_layout import OF_KNOWN_LAYOUT, AdaptedModule
 from lightning_merge.weights.adapter_writer import Factors, as_matrix
 from lightning_merge.weights.adapters import AdapterSource
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 OR_FULL_WEIGHTS = "or a merge into full weights (lightning-merge merge --base BASE)"
 
@@ -78,6 +83,11 @@ class AdapterMerge:
         self.is_factored = all(module.kind != "ia3" and not module.is_dora for module in held)
         self.is_linear = not transforms and isinstance(method, (SimpleAverage, WeightedAverage, TaskArithmetic))
         self._refuse_what_no_adapter_holds()
+        # Settings that vary over depth go by the depth of the base, however few of its tensors are merged at a time.
+        names = (*self.modules, *self.whole)
+        at = depths(dict.fromkeys((*TaskVectors(self.base, self.base, {}).tensor_names, *names)))
+        at = {name: at[name] for name in names}
+        self._method, self._transforms = settled_at(method, at), [settled_at(step, at) for step in transforms]
         self._coefficients = self._linear_coefficients() if self.is_linear else {}
 
     def _one_layout(self) -> dict[str, AdaptedModule]:
@@ -90,6 +100,11 @@ class AdapterMerge:
                     raise UserError(
                         f"The adapters update '{weight}' in two ways: as '{known.name}', and in '{model}' as "
                         f"'{module.name}'. Expected adapters over one class of model, {OR_FULL_WEIGHTS}."
+                    )
+                if known.transposed != module.transposed:
+                    raise UserError(
+                        f"How '{self.base.label}' stores the square matrix of '{module.name}' is ambiguous: the "
+                        f"adapters' configs differ in fan_in_fan_out. Expected a base {OF_KNOWN_LAYOUT}."
                     )
                 if weight in source.replaced and not self._is_the_base_own(source, weight):
                     raise UserError(
@@ -137,15 +152,14 @@ class AdapterMerge:
         models = {name: base.clone() for name in self.adapters}
         for position, values in enumerate(models.values()):
             values[position] = 1
-        # All tensors take part: a setting may vary over the depth of the model.
-        names = [name for name, info in self.base.tensors.items() if info.dtype.is_floating_point]
+        names = (*self.modules, *self.whole)
         space = TaskVectors.open(
             {name: base.clone() for name in names},
             {model: {name: values.clone() for name in names} for model, values in models.items()},
             check=False,
         )
-        found = {name: values.tolist() for name, values in self.method(space).items()}
-        for name in (*self.modules, *self.whole):
+        found = {name: values.tolist() for name, values in self._method(space).items()}
+        for name in names:
             if abs(found[name][count] - 1) > 1e-6:
                 raise UserError(
                     f"{type(self.method).__name__} multiplies the base by {found[name][count]:g} here, and no adapter "
@@ -162,8 +176,9 @@ class AdapterMerge:
         if self.is_ia3:
             merged.vectors = {module.name: self._vector(weight) for weight, module in self.modules.items()}
         elif self.knots or (self.is_linear and self.is_factored):
-            for weight, module in self.modules.items():
-                up, down = self._in_shared_basis(weight) if self.knots else self._concatenated(weight)
+            products = self._in_shared_bases() if self.knots else self._concatenations()
+            for weight, up, down in products:
+                module = self.modules[weight]
                 if self.rank is not None:
                     merged.truncated[module.name] = low = compress(up, down, self.rank)
                     up, down = low.up, low.down
@@ -185,6 +200,10 @@ class AdapterMerge:
         kind = module.kind if module.kind != "ia3" else "conv" if len(shape) > 2 else "linear"
         return Factors(kind, up, down, shape)
 
+    def _concatenations(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for weight in self.modules:
+            yield weight, *self._concatenated(weight)
+
     def _concatenated(self, weight: str) -> tuple[Tensor, Tensor]:
         """``[w_1 s_1 B_1 … w_T s_T B_T]`` and ``[A_1; …; A_T]``, of the adapters that update this tensor."""
         parts = [
@@ -196,15 +215,29 @@ class AdapterMerge:
         used = [part for part in parts if part[0]] or [(0.0, parts[0][1][:, :1], parts[0][2][:1])]
         return torch.cat([w * up for w, up, _ in used], dim=1), torch.cat([down for _, _, down in used])
 
-    def _in_shared_basis(self, weight: str) -> tuple[Tensor, Tensor]:
-        """Let the method merge the adapters' coordinates in one basis; without an update they are 0."""
-        holders = [name for name, source in self.adapters.items() if weight in source.modules]
-        basis, coordinates = shared_basis([self.adapters[name].factors(weight) for name in holders])
-        nothing = torch.zeros_like(coordinates[0])
-        models = {name: {weight: nothing.clone()} for name in self.adapters}
-        models.update({name: {weight: part} for name, part in zip(holders, coordinates, strict=True)})
-        space = TaskVectors.open({weight: nothing}, models, check=False)
-        return basis, self.method(space, self.transforms, seed=self.seed)[weight]
+    def _in_shared_bases(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Let the method merge the adapters' coordinates in one basis for each matrix; without an update they are 0.
+
+        Steps that reach over the model see the coordinates in all matrices at once, others one matrix at a time.
+        """
+        steps = [self._method, *self._transforms]
+        while isinstance(steps[0], Refinement):
+            steps.insert(0, steps[0].method)
+        weights = list(self.modules)
+        for group in [weights] if any(step.reach == "model" for step in steps) else [[weight] for weight in weights]:
+            bases: dict[str, Tensor] = {}
+            nothing: dict[str, Tensor] = {}
+            models: dict[str, dict[str, Tensor]] = {name: {} for name in self.adapters}
+            for weight in group:
+                holders = [name for name, source in self.adapters.items() if weight in source.modules]
+                bases[weight], parts = shared_basis([self.adapters[name].factors(weight) for name in holders])
+                nothing[weight] = torch.zeros_like(parts[0])
+                coordinates = dict(zip(holders, parts, strict=True))
+                for name, held in models.items():
+                    held[weight] = coordinates.get(name, nothing[weight])
+            space = TaskVectors.open(nothing, models, check=False)
+            merged = self._method(space, self._transforms, seed=self.seed)
+            yield from ((weight, bases[weight], merged[weight]) for weight in group)
 
     def _vector(self, weight: str) -> Tensor:
         """l = 1 + Σ w_t (l_t − 1): the vector whose change of the weights is Σ w_t ΔW_t."""
@@ -229,7 +262,7 @@ class AdapterMerge:
         """Yield what the method makes of each tensor, less the base: in fp64, so that small changes stay exact."""
         base = _InDouble(self.base, names)
         space = TaskVectors.open(base, {name: s.over(base) for name, s in self.adapters.items()}, check=False)
-        steps, chosen = resolve(self.method, space, self.transforms, self.seed)
+        steps, chosen = resolve(self._method, space, self._transforms, self.seed)
         begun: dict[str, tuple[Tensor, int]] = {}
         for name, start, values in Chain(steps, chosen, self.seed).run():
             whole, filled = begun.pop(name, (torch.empty(space.info(name).numel, dtype=torch.float64), 0))
@@ -238,6 +271,27 @@ class AdapterMerge:
             if begun[name][1] == whole.numel():
                 del begun[name]
                 yield name, whole.reshape(space.shape(name)) - base.read(name)
+
+
+def settled_at(step: AnyStep, at: Mapping[str, float]) -> AnyStep:
+    """Return a step whose varying settings are named tensor by tensor, so that it may run over any of these alone.
+
+    Args:
+        step: A method or a transform.
+        at: The tensors, each with its depth in the whole model.
+
+    Raises:
+        UserError: A setting has no value for one of the tensors.
+    """
+    values: dict[str, Step | ByTensor] = {}
+    for spec in fields(step):
+        value = getattr(step, spec.name)
+        if isinstance(value, Step):
+            values[spec.name] = settled_at(value, at)
+        elif spec.name in step.varying:
+            what = f"{type(step).__name__}: {spec.name}"
+            values[spec.name] = ByTensor({name: settle(what, value, name, depth) for name, depth in at.items()})
+    return replace(step, **values)
 
 
 class _InDouble(WeightSource):

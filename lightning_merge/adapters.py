@@ -85,7 +85,10 @@ def merge_adapters(
         transforms: Transforms of the task vectors, in order, before the merge.
         rank: Of the new adapter, at least 1; none concatenates.
         seed: Of the methods that draw at random.
-        knots: Merge the V_t of ``[ΔW_1 … ΔW_T] = U S [V_1 … V_T]ᵀ`` (Stoica et al., 2024, arXiv 2410.19735).
+        knots: Merge the V_t of ``[ΔW_1 … ΔW_T] = U S [V_1 … V_T]ᵀ`` (Stoica et al., 2024, arXiv 2410.19735), which
+            are coordinates in the basis U S; the configurations its authors released rank the entries of S V_tᵀ
+            instead. A step with the scope of the model goes over the V_t of all matrices together; tensors held
+            whole are merged by themselves.
         ignore: Patterns of tensors held whole (heads, biases) that stay out.
         overwrite: Replace an adapter that stands at the output.
         rename: See :func:`~lightning_merge.weights.adapters.open_adapter`.
@@ -95,7 +98,8 @@ def merge_adapters(
             something stands at the output; nothing is then written.
 
     Cost: a concatenation reads the adapters alone. A rank costs a singular value decomposition of each matrix, of
-    cores of Σ r_t x Σ r_t only where the method is linear; memory holds a few matrices of all adapters in fp64.
+    cores of Σ r_t x Σ r_t only where the method is linear; memory holds a few matrices of all adapters in fp64, and
+    with ``knots`` and a step with the scope of the model all V_t at once, T Σ r_t n entries for each m x n matrix.
     Reference: Hu et al., 2021, arXiv 2106.09685; Zhang et al., 2023 (arithmetic of adapters), arXiv 2306.14870.
     """
     method = SimpleAverage() if method is None else method

@@ -118,6 +118,11 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="check and plan; write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     options, _ = build(parser, arguments)
+    if options.output is not None and Path(options.output).suffix in {".pt", ".pth", ".bin", ".gguf"}:
+        raise UserError(
+            f"The output '{options.output}' names a file of a kind that is not written. "
+            "Expected a folder, or a .safetensors or .ckpt file."
+        )
     if options.output is None:
         raise UserError("No output. Expected --output FOLDER (or a .safetensors or .ckpt file).")
     how = {
@@ -146,6 +151,7 @@ def _merge(arguments: Sequence[str]) -> int:
             on_progress=on_progress,
             **how,
         )
+    _print_findings([f for f in report.findings if f.level == "WARN" and f not in task_vectors.findings])
     return _tell(report, options.dry_run)
 
 
@@ -157,6 +163,10 @@ def _names_recipe(arguments: Sequence[str]) -> bool:
             return True
         if name == "--config":
             path = Path(value or (arguments[position + 1] if position + 1 < len(arguments) else ""))
+            if path.is_file() and re.search(
+                r"^merge_method:", path.read_text(encoding="utf-8", errors="replace"), re.M
+            ):
+                raise UserError(f"'{path}' looks like a recipe of mergekit. Expected --recipe {path}.")
             if path.is_file() and re.search(r"^recipe:", path.read_text(encoding="utf-8", errors="replace"), re.M):
                 return True
     return False
@@ -185,6 +195,8 @@ def _tell(report: MergeReport, dry_run: bool) -> int:
         print(report.plan)
         print(f"Would write {report.bytes_written / 1e6:,.1f} MB to {report.output}. Nothing was written.")
         return 2 if any(finding.level == "ERROR" for finding in report.findings) else 0
+    if report.discarded_tensors:
+        print(f"Unfinished work of another merge at this place was dropped ({report.discarded_tensors} tensors).")
     if report.resumed_tensors:
         print(f"Resumed: {report.resumed_tensors} tensors had been finished by an earlier process.")
     if report.already_there:

@@ -23,3 +23,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     candidates = sorted(known)
     listed = ", ".join(candidates) if candidates else "none"
     return UserError(f"Unknown {what} '{name}'. Known: {listed}.{nearest(name, candidates)}")
+
+
+class ResumableError(UserError):
+    """Something outside has stopped the work; what is finished is kept, and the same command goes on from there."""

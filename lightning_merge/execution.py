@@ -11,7 +11,9 @@ import pickle
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import UserError
+from lightning_merge.errors import ResumableError, UserError
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Partial, Step
-from lightning_merge.methods.streaming import Chain, Exchange, Rounding, add_partial, rounded
+from lightning_merge.methods.streaming import Chain, Exchange, Rounding, add_partial, round_to, rounded
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import private_memory_bytes
 from lightning_merge.weights.output_files import OutputFiles
@@ -82,6 +84,7 @@ def carry_out(
     workers: int = 1,
     on_done: Callable[[int, str], None] = lambda part, name: None,
     on_entries: Callable[[int], None] = lambda count: None,
+    inherited: Sequence[int] = (),
 ) -> Done:
     """Make the wanted tensors.
 
@@ -92,15 +95,22 @@ def carry_out(
         workers: How many processes.
         on_done: Called when a tensor is written whole.
         on_entries: Called now and then with the entries written since the last call.
+        inherited: Descriptors that every process keeps open: the lock on the place, which must outlive this process
+            for as long as another of them may still write.
 
     Raises:
         UserError: A model cannot be read, or its values cannot be merged.
+        ResumableError: A process has ended before its work was done.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(workers, len(wanted)))
     if workers == 1:
-        for_one = threads or cores
-        return _make(job, wanted, job.tensors, for_one, None, on_done, on_entries)
-    return _in_processes(job, wanted, threads or max(1, cores // workers), workers, on_done, on_entries)
+        return _make(job, wanted, job.tensors, threads or cores(), None, on_done, on_entries)
+    return _in_processes(job, wanted, threads or max(1, cores() // workers), workers, on_done, on_entries, inherited)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make(
@@ -155,7 +165,7 @@ def _pieces(
 
     for name in names:
         if name not in merged:
-            yield name, 0, vectors.unmerged(name).reshape(-1).to(dtype(name)), True
+            yield name, 0, round_to(vectors.unmerged(name).reshape(-1), dtype(name), name), True
         elif not vectors.info(name).numel:
             yield name, 0, torch.empty(0, dtype=dtype(name)), True
     filled = [name for name in names if name in merged and vectors.info(name).numel]
@@ -192,6 +202,7 @@ def _in_processes(
     workers: int,
     on_done: Callable[[int, str], None],
     on_entries: Callable[[int], None],
+    inherited: Sequence[int],
 ) -> Done:
     active = frozenset(number for number, _ in wanted)
     makes = shared_out(job, wanted, workers)
@@ -202,13 +213,14 @@ def _in_processes(
         raise UserError(
             f"This merge cannot be shared out over processes ({error}). Expected models from files, or --num_workers 1."
         ) from error
-    started = [_start() for _ in range(workers)]
+    started = [_start(inherited) for _ in range(workers)]
     total = Done(passes=0)
     try:
         connections = [connection for connection, _ in started]
         for connection, make, measure in zip(connections, makes, measures, strict=True):
-            connection.send_bytes(payload)
-            connection.send((make, measure, threads, active))
+            with suppress(ConnectionError):  # one that has ended already is noticed below
+                connection.send_bytes(payload)
+                connection.send((make, measure, threads, active))
         running = set(range(workers))
         found: dict[int, Partial] = {}
         while running:
@@ -216,13 +228,15 @@ def _in_processes(
                 number = connections.index(ready)  # type: ignore[arg-type]
                 try:
                     kind, content = connections[number].recv()
-                except EOFError:
-                    raise UserError(
+                except (EOFError, ConnectionError):
+                    raise ResumableError(
                         "A process of the merge has ended before its work was done (killed, or out of memory?). "
                         "The same command goes on from there."
                     ) from None
+                if kind == "refused":
+                    raise UserError(content)
                 if kind == "error":
-                    raise content
+                    raise RuntimeError(f"A process of the merge failed:\n{content}")
                 if kind == "entries":
                     on_entries(content)
                 elif kind == "done":
@@ -240,7 +254,8 @@ def _in_processes(
                     add_partial(everything, partial)
                 found.clear()
                 for connection in connections:
-                    connection.send(everything)
+                    with suppress(ConnectionError):
+                        connection.send(everything)
         total.peak_memory_bytes += private_memory_bytes()
         return total
     finally:
@@ -250,33 +265,41 @@ def _in_processes(
             process.wait()
 
 
-def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
+def _start(inherited: Sequence[int]) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Start a process that waits for its work at the other end of a connection.
 
-    It imports this package only: unlike multiprocessing's spawn it never runs the caller's script a second time.
+    It imports this package only: unlike multiprocessing's spawn it never runs the caller's script a second time, and
+    unlike ``python -m`` nothing from the current folder.
     """
+    code = f"import sys; sys.path[:] = {[path for path in sys.path if path]!r}; "
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lightning_merge.execution", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            [sys.executable, "-c", f"{code}from lightning_merge.execution import work; work({theirs.fileno()})"],
+            pass_fds=[theirs.fileno(), *inherited],
         )
     return Connection(ours.detach()), process
 
 
-def _work(descriptor: int) -> None:
-    """Do the share of one process."""
+def work(descriptor: int) -> None:
+    """Do the share of one process, told at the other end of a connection."""
     connection = Connection(descriptor)
     torch.set_num_threads(1)
-    job: Job = pickle.loads(connection.recv_bytes())
-    make, measure, threads, active = connection.recv()
 
     def exchange(partial: Partial) -> Any:
         connection.send(("measured", partial))
         return connection.recv()
 
     try:
+        payload = connection.recv_bytes()
+        make, measure, threads, active = connection.recv()
+        try:
+            job: Job = pickle.loads(payload)
+        except (AttributeError, ImportError) as error:
+            raise UserError(
+                f"This merge cannot be shared out over processes ({error}). Expected methods from a module that can be "
+                "imported, or --num_workers 1."
+            ) from error
         done = _make(
             job,
             make,
@@ -289,17 +312,10 @@ def _work(descriptor: int) -> None:
         )
         job.output.close()
         connection.send(("finished", done))
-    except (BrokenPipeError, EOFError):
-        pass  # whoever asked for the work is gone
-    except BaseException as error:
-        try:
-            connection.send(("error", error))
-        except Exception:
-            connection.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
-
-
-if __name__ == "__main__":
-    # The module of this name is another object than __main__: pickles name the former.
-    from lightning_merge.execution import _work as work
-
-    work(int(sys.argv[1]))
+    except (ConnectionError, EOFError, KeyboardInterrupt):
+        pass  # whoever asked for the work is gone, or everybody was told to stop
+    except UserError as error:
+        connection.send(("refused", str(error)))
+    except BaseException:
+        with suppress(ConnectionError):
+            connection.send(("error", traceback.format_exc()))

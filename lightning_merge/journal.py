@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from lightning_merge.errors import UserError
+from lightning_merge.errors import ResumableError, UserError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -39,11 +39,26 @@ class Workplace:
         self.output, self.identity = output, identity
         self.folder = output.with_name(output.name + ".partial")
         self.files = self.folder / "files"
+        self.replaced = self.folder / "replaced"
         self.done: set[str] = set()
+        # Whether all tensors are made: what is left is quickly done, and must not cost the rest if it fails.
+        self.whole = False
+        # What an earlier process had begun here and is of no use to this merge.
+        self.discarded = 0
         self._lock = self._journal = -1
         self._made: list[Path] = []
 
+    @property
+    def lock(self) -> int:
+        """The descriptor that holds the lock: whoever inherits it, holds it too."""
+        return self._lock
+
     def __enter__(self) -> Workplace:
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").is_file():
+            raise UserError(
+                f"'{self.folder}' is in the way: work on '{self.output.name}' happens there, and it holds something "
+                "else. Expected another output, or that folder to be moved."
+            )
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._acquire()
         self.done = self._read()
@@ -80,27 +95,34 @@ class Workplace:
         """Return the tensors finished by an earlier process that made the same merge since the machine started."""
         try:
             lines = self._journal_file.read_text(encoding="utf-8").splitlines()
-            begun = json.loads(lines[0])
+            first = json.loads(lines[0])
         except (OSError, ValueError, IndexError):
-            return set()
-        if begun != {"identity": self.identity, "boot": _boot()} or not begun["boot"]:
             return set()
         done = set()
         for line in lines[1:]:
-            with suppress(ValueError):  # the last line may have been cut short
+            with suppress(ValueError, KeyError, TypeError):  # the last line may have been cut short
                 done.add(json.loads(line)["done"])
+        if first != {"identity": self.identity, "boot": _boot()} or not first["boot"]:
+            self.discarded = len(done)
+            return set()
         return done
 
     def _begin_anew(self) -> None:
         self.done = set()
         shutil.rmtree(self.files, ignore_errors=True)
         self.files.mkdir()
-        begun = {"identity": self.identity, "boot": _boot()}
-        self._journal_file.write_text(json.dumps(begun) + "\n", encoding="utf-8")
+        lines = [{"identity": self.identity, "boot": _boot()}]
+        if begun(self.output):  # what stands there under the output's name is still a merge's own
+            lines.append({"placing": self.output.name})
+        self._journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def forget(self) -> None:
         """Begin anew after all: what the journal speaks of does not stand there."""
         self._begin_anew()
+
+    def placing(self) -> None:
+        """Note that the weights are about to take the output's name."""
+        os.write(self._journal, (json.dumps({"placing": self.output.name}) + "\n").encode())
 
     def record(self, name: str) -> None:
         """Note that a tensor is written whole."""
@@ -109,13 +131,16 @@ class Workplace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for descriptor in (self._journal,):
-            if descriptor >= 0:
-                os.close(descriptor)
-        # An interrupt by the user leaves what is finished, as a kill does; an error would only come again.
-        if kind is None or issubclass(kind, Exception):
+        if self._journal >= 0:
+            os.close(self._journal)
+        # An interrupt by the user leaves what is finished, as a kill does; so does what fails at the very end. Another
+        # error would only come again.
+        keeps = kind is not None and (self.whole or not issubclass(kind, Exception) or issubclass(kind, ResumableError))
+        if self.replaced.exists() and not self.output.exists():
+            os.replace(self.replaced, self.output)
+        if not keeps:
             _remove(self.folder)
-        if kind is not None and issubclass(kind, Exception):
+        if kind is not None and not keeps:
             for parent in self._made:
                 with suppress(OSError):
                     parent.rmdir()
@@ -124,15 +149,26 @@ class Workplace:
 
 
 def begun(output: Path) -> bool:
-    """Tell whether a merge into this place was begun and not finished: what stands there is then its own."""
-    return (output.with_name(output.name + ".partial") / "journal.jsonl").is_file()
+    """Tell whether a merge was killed while its weights took this name: what stands there is then its own."""
+    try:
+        lines = (output.with_name(output.name + ".partial") / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return json.dumps({"placing": output.name}) in lines
 
 
 def _remove(folder: Path) -> None:
     """Remove a workplace; the journal goes when the files are gone, and the lock last."""
-    shutil.rmtree(folder / "files", ignore_errors=True)
-    (folder / "journal.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("files", "replaced"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("journal.jsonl", "lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # whatever else stands there is not ours
+        folder.rmdir()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _boot() -> str:
@@ -143,7 +179,7 @@ def _boot() -> str:
 def remove_leftovers(output: Path) -> None:
     """Remove what killed merges into a place have left beside it, unless one is at work there."""
     folder = output.with_name(output.name + ".partial")
-    if folder.is_dir():
+    if (folder / "lock").is_file() or (folder / "journal.jsonl").is_file() or _is_empty(folder):
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,6 +188,3 @@ def remove_leftovers(output: Path) -> None:
             pass
         finally:
             os.close(lock)
-    old = output.with_name(output.name + ".old")
-    if output.exists() and old.is_dir() and (old / "merge.json").is_file():
-        shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,8 @@ that was killed goes on where it stopped when the same is asked for again.
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import time
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from lightning_merge.digests import Digests
 from lightning_merge.errors import UserError, unknown
-from lightning_merge.execution import Done, Job, Part, carry_out
+from lightning_merge.execution import Done, Job, Part, carry_out, cores
 from lightning_merge.journal import Workplace, remove_leftovers
 from lightning_merge.methods import MergeMethod, Transform
 from lightning_merge.methods.base import Step
+from lightning_merge.methods.schedule import unused_patterns
 from lightning_merge.methods.streaming import Rounding, resolve
 from lightning_merge.outputs import (
     card_text,
@@ -32,13 +35,14 @@ from lightning_merge.outputs import (
     provenance,
     record_of,
     refuse_other_content,
+    versions,
     write_checkpoint,
 )
 from lightning_merge.planning import Plan, plan
 from lightning_merge.recipe import describe, resolved_recipe, to_yaml
 from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.weights import Finding, TensorInfo, WeightSource, open_weights
-from lightning_merge.weights.folder import copy_companions, replace_folder, write_text
+from lightning_merge.weights import Finding, SafetensorsSource, TensorInfo, WeightSource
+from lightning_merge.weights.folder import companions_sha256, copy_companions, write_text
 from lightning_merge.weights.output_files import OutputFiles, parse_size
 from lightning_merge.weights.quantized import quantization_settings
 
@@ -47,6 +51,7 @@ __all__ = ["MergeReport", "Part", "merge", "merge_parts"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SECONDS_BETWEEN_REPORTS = 0.1
 MAX_SHARD_SIZE = "5GB"
+PROCESSES_FOR_EACH_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class MergeReport:
     already_there: bool = False
     # Tensors that an earlier, killed process had finished.
     resumed_tensors: int = 0
+    # Tensors that an earlier process had finished of another merge into this place.
+    discarded_tensors: int = 0
     findings: list[Finding] = field(default_factory=list)
     # The models that went in: a method that selects may have left some out.
     models: tuple[str, ...] = ()
@@ -172,7 +179,10 @@ def merge_parts(
     """
     started = time.perf_counter()
     output, wanted = Path(output), _dtype(dtype)
+    output = output.resolve() if output.is_symlink() else output
     _check_options(num_workers, threads, rounding, device)
+    seed = int(seed)
+    to_yaml(recipe)  # what cannot be written down is noticed now
     shard_bytes = None if max_shard_size is None or not is_folder(output) else parse_size(max_shard_size)
     every = [source for part in parts for source in part.task_vectors.sources]
     template = parts[0].task_vectors.template
@@ -186,12 +196,24 @@ def merge_parts(
     ]
     with_aliases = output.suffix == ".safetensors" or not template.folder
     infos, names = _output_tensors([vectors for _, vectors in resolved], wanted, with_aliases)
-    folder_name = "model.safetensors" if is_folder(output) else output.name
+    file_name = {".safetensors": output.name, ".ckpt": "weights.safetensors"}.get(output.suffix, "model.safetensors")
     workplace = output.with_name(output.name + ".partial") / "files"
-    job = Job(resolved, names, OutputFiles(workplace, infos, shard_bytes, folder_name), seed, rounding, device)
+    job = Job(resolved, names, OutputFiles(workplace, infos, shard_bytes, file_name), seed, rounding, device)
     noted = [*(finding for part in parts for finding in part.task_vectors.findings), *findings]
-    cores = os.cpu_count() or 1
-    foreseen = plan(job, output, threads or max(1, cores // num_workers), num_workers, noted)
+    for steps, vectors in resolved:
+        for step in steps:
+            for setting in step.varying:
+                for pattern in unused_patterns(getattr(step, setting), vectors.tensor_names):
+                    message = f"{type(step).__name__}: {setting} has the pattern '{pattern}', which fits no tensor."
+                    noted.append(Finding("WARN", message))
+    if num_workers > PROCESSES_FOR_EACH_CORE * cores():
+        noted.append(Finding("WARN", f"{num_workers} processes are too many for {cores()} cores: fewer are used."))
+        num_workers = PROCESSES_FOR_EACH_CORE * cores()
+    if dry_run and not overwrite and record_of(output).is_file():
+        noted.append(
+            Finding("WARN", f"The output '{output}' holds a merge already; another one there needs --overwrite.")
+        )
+    foreseen = plan(job, output, threads or max(1, cores() // num_workers), num_workers, noted)
     report = MergeReport(
         output,
         recipe,
@@ -207,7 +229,12 @@ def merge_parts(
         return report
 
     hashing = Digests(parts)
-    identity = {"recipe": recipe, "models": list(report.models), "companions": _named(companions)}
+    identity = {
+        "recipe": recipe,
+        "models": list(report.models),
+        "companions": _named(companions) if companions is not None else _companions_of(template),
+        "layouts": hashing.layouts,
+    }
     known = record_of(output).is_file() and not overwrite
     if known and holds(output, digest({**identity, "sha256": hashing.result()})):
         remove_leftovers(output)
@@ -216,13 +243,23 @@ def merge_parts(
     too_little = [finding.message for finding in foreseen.findings if finding.level == "ERROR"]
     if too_little:
         raise UserError("\n".join(too_little))
-    made_of = {**identity, "sources": hashing.fingerprints, "dtype": str(wanted), "torch": torch.__version__}
+    made_of = {
+        **identity,
+        "sources": hashing.fingerprints,
+        "dtype": str(wanted),
+        "device": device,
+        "versions": versions(),
+    }
     try:
         with Workplace(output, digest(made_of)) as place:
+            refuse_other_content(output, every, overwrite)  # again: another process may just have finished here
             done, resumed = _make(job, place, output, template, num_workers, threads, on_progress)
+            hashing.refuse_changed()
+            place.whole = True
             working = time.perf_counter()
             hashes = hashing.result()
             waited = time.perf_counter() - working
+            refuse_other_content(output, every, overwrite)
             report = MergeReport(
                 output,
                 recipe,
@@ -233,13 +270,16 @@ def merge_parts(
                 bytes_written=report.bytes_written,
                 peak_memory_bytes=done.peak_memory_bytes,
                 resumed_tensors=resumed,
+                discarded_tensors=place.discarded,
                 findings=foreseen.findings,
                 models=report.models,
                 plan=foreseen,
             )
-            record = provenance(report, digest({**identity, "sha256": hashes}), hashing.sources, hashes)
+            inside = f"{output.name}/" if is_folder(output) else ""
+            sizes = {inside + path.name: path.stat().st_size for path in sorted(place.files.iterdir())}
+            record = provenance(report, digest({**identity, "sha256": hashes}), hashing.sources, hashes, sizes)
             card = card_text(report, _how(parts), hashing.sources, hashes, title)
-            _put_in_place(place.files, output, report, record, card, template, companions, wanted)
+            _put_in_place(place, output, report, record, card, template, companions, wanted)
     except OSError as error:
         raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
     return report
@@ -274,32 +314,31 @@ def _make(
             on_progress(min(made, total), total)
 
     try:
-        done = carry_out(job, wanted, threads, workers, lambda part, name: place.record(f"{part}:{name}"), progress)
+        done = carry_out(
+            job,
+            wanted,
+            threads,
+            workers,
+            on_done=lambda part, name: place.record(f"{part}:{name}"),
+            on_entries=progress,
+            inherited=[place.lock],
+        )
         job.output.finish()
     finally:
         job.output.close()
     if output.suffix == ".ckpt":
         [path] = job.output.paths
-        merged = open_weights_of(path, job.output.tensors)
-        checkpoint = path.with_name("checkpoint")
-        write_checkpoint(merged, checkpoint, template)
-        os.replace(checkpoint, path)
+        source = SafetensorsSource(str(path), [path])
+        try:
+            write_checkpoint({n: source.read(n) for n in job.output.tensors}, path.with_name(output.name), template)
+        except RuntimeError as error:  # how torch.save speaks of a full disk
+            raise OSError(str(error)) from error
+        path.unlink()
     return done, len(job.tensors) - len(wanted)
 
 
-def open_weights_of(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file that carries another suffix, in the order of ``tensors``."""
-    plain = path.with_name("weights.safetensors")
-    os.link(path, plain)
-    try:
-        source = open_weights(plain)
-        return {name: source.read(name).clone() for name in tensors}
-    finally:
-        plain.unlink()
-
-
 def _put_in_place(
-    files: Path,
+    place: Workplace,
     output: Path,
     report: MergeReport,
     record: dict[str, Any],
@@ -309,19 +348,20 @@ def _put_in_place(
     dtype: torch.dtype | None,
 ) -> None:
     """Write what stands beside the weights, and give everything its name."""
-    import json
-
+    files = place.files
     text = json.dumps(record, indent=2) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     if not is_folder(output):
         # No record may vouch for weights it does not describe, even if the process is killed between the two.
+        place.placing()
         record_of(output).unlink(missing_ok=True)
         os.replace(files / output.name, output)
         write_text(record_of(output), text)
         return
     if companions is None:
         if template.folder:
-            restored = bool(quantization_settings(template.config or {}))
+            stated = template.folder / "config.json"
+            restored = stated.is_file() and bool(quantization_settings(json.loads(stated.read_text(encoding="utf-8"))))
             copy_companions(template.folder, files, torch.float32 if restored and not dtype else dtype, restored)
     else:
         for name, content in companions.items():
@@ -333,7 +373,21 @@ def _put_in_place(
     write_text(files / "merge.yaml", to_yaml(report.recipe))
     write_text(files / "merge.json", text)
     write_text(files / "README.md", card)
-    replace_folder(files, output)
+    if output.exists():
+        try:
+            os.replace(output, place.replaced)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            for path in sorted(files.iterdir(), key=lambda path: path.name == "merge.json"):
+                shutil.move(path, output / path.name)  # a place where a disk is mounted keeps its own name
+            return
+    os.replace(files, output)
+
+
+def _companions_of(template: WeightSource) -> str | None:
+    """Return a digest of the files that come along with the weights."""
+    return companions_sha256(template.folder) if template.folder else None
 
 
 def _named(companions: Mapping[str, str | bytes | Path] | None) -> list[str] | None:

@@ -65,7 +65,8 @@ def _settings(kind: type[MergeMethod]) -> list[tuple[str, str, str, str]]:
     rows = []
     for spec in dataclasses.fields(kind):
         default = _default(spec)
-        kind_of = str(spec.type).replace("PerModel", "float | {model: float}")
+        kind_of = str(spec.type).replace("PerModel", "number | by model | varying")
+        kind_of = kind_of.replace("PerTensor", "number | varying")
         rows.append((spec.name, kind_of, default, spec.metadata.get("allowed", "")))
     return rows
 

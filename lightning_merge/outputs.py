@@ -19,7 +19,6 @@ from lightning_merge.journal import begun
 from lightning_merge.recipe import COMPUTED, to_yaml
 from lightning_merge.weights import WeightSource, read_checkpoint
 from lightning_merge.weights.card import Provenance, SourceRecord, model_card
-from lightning_merge.weights.output_files import INDEX_FILE
 
 if TYPE_CHECKING:
     from lightning_merge.merging import MergeReport
@@ -41,7 +40,13 @@ def refuse_other_content(output: Path, sources: Sequence[WeightSource], overwrit
     Raises:
         UserError: With what stands there.
     """
+    workplace = output.with_name(output.name + ".partial").resolve()
     for source in sources:
+        if any(workplace in path.resolve().parents for path in source.files):
+            raise UserError(
+                f"The model '{source.label}' lies in '{workplace}', where the work on '{output.name}' happens. "
+                "Expected another output."
+            )
         places = [*source.files, *([source.folder] if source.folder else [])]
         if output.exists() and any(output.resolve() in [p.resolve(), *p.resolve().parents[:-1]] for p in places):
             raise UserError(f"The output '{output}' is or holds a model being merged. Expected another place.")
@@ -57,11 +62,13 @@ def refuse_other_content(output: Path, sources: Sequence[WeightSource], overwrit
 
 def holds(output: Path, recipe_hash: str) -> bool:
     """Tell whether this very merge stands there already."""
-    record = record_of(output)
-    weights = [output / "model.safetensors", output / INDEX_FILE] if is_folder(output) else [output]
-    if not record.is_file() or not any(path.is_file() for path in weights):
-        return False
-    return json.loads(record.read_text(encoding="utf-8")).get("recipe_hash") == recipe_hash
+    try:
+        known = json.loads(record_of(output).read_text(encoding="utf-8"))
+        sizes = known["files"]
+        whole = all((output.parent / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # damaged, or of another version
+    return bool(whole and known.get("recipe_hash") == recipe_hash)
 
 
 def digest(content: Any) -> str:
@@ -84,14 +91,20 @@ def versions() -> dict[str, str]:
 
 
 def provenance(
-    report: MergeReport, recipe_hash: str, sources: Mapping[str, WeightSource], hashes: Mapping[str, str]
+    report: MergeReport,
+    recipe_hash: str,
+    sources: Mapping[str, WeightSource],
+    hashes: Mapping[str, str],
+    files: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Return what goes into ``merge.json``."""
+    """Return what goes into ``merge.json``; ``files`` are the bytes of each file of weights, beside the output."""
+    called_base = "base" if "base" not in hashes else "(base)"
     return {
         "recipe_hash": recipe_hash,
+        "files": dict(files),
         "recipe": report.recipe,
         "sources": {
-            name or "base": {"reference": sources[name].label if name in sources else COMPUTED, "sha256": sha256}
+            name or called_base: {"reference": sources[name].label if name in sources else COMPUTED, "sha256": sha256}
             for name, sha256 in hashes.items()
         },
         "versions": versions(),

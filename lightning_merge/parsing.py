@@ -28,9 +28,13 @@ def keep_yaml_keys_as_text() -> None:
         """YAML whose mapping keys stay as they are written."""
 
     def mapping(loader: Any, node: yaml.MappingNode) -> Any:
+        seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag in _NOT_TEXT:
                 key.tag = "tag:yaml.org,2002:str"
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise UserError(f"'{key.value}' stands twice in one mapping. Expected each name once.")
+            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
         return yaml.SafeLoader.construct_yaml_map(loader, node)
 
     TextKeys.add_constructor("tag:yaml.org,2002:map", mapping)
@@ -67,6 +71,7 @@ def build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, 
     """
     from argparse import ArgumentError
 
+    _refuse_repeated(arguments)
     try:
         parsed = parser.parse_args(list(arguments))
         resolved = parser.dump(parsed, skip_unset=False)
@@ -77,6 +82,13 @@ def build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, 
         raise UserError(f"The file given as --config is no text ({error}). Expected YAML.") from error
     except (ArgumentError, ValueError, TypeError) as error:
         raise refusal(error, [text for action in parser._actions for text in action.option_strings]) from error
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Refuse a list that is given twice: one would expect both to count, and only the last does."""
+    count = sum(argument.partition("=")[0] == "--ignore" for argument in arguments)
+    if count > 1:
+        raise UserError(f"--ignore is given {count} times. Expected it once, with several patterns as '[a, b]'.")
 
 
 def refusal(error: BaseException, options: Sequence[str] = ()) -> UserError:

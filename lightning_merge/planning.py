@@ -82,12 +82,16 @@ def plan(job: Job, output: Path, threads: int, workers: int, findings: Sequence[
         for name in (*vectors.averaged_names, *vectors.copied_names)
     )
     free = _free(output)
+    if free is not None:
+        free += job.output.reserved  # by an earlier process, whose work goes on
+    # A checkpoint is written from the merged tensors, so both stand there for a while.
+    needed = job.output.nbytes * (2 if output.suffix == ".ckpt" else 1)
     found = list(findings)
-    if free is not None and job.output.nbytes > free:
+    if free is not None and needed > free:
         found.append(
             Finding(
                 "ERROR",
-                f"The output takes {job.output.nbytes / 1e6:,.1f} MB and the disk of '{output}' has "
+                f"The output takes {needed / 1e6:,.1f} MB and the disk of '{output}' has "
                 f"{free / 1e6:,.1f} MB left. Expected another place, or a smaller dtype.",
             )
         )

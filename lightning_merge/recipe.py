@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -35,13 +35,12 @@ def resolved_recipe(
         "transforms": [as_config(step) for step in transforms],
         "base": task_vectors.base.label if task_vectors.base else None,
         "models": {
-            name: COMPUTED if vector.finetuned is None else task_vectors.models[name].label
-            for name, vector in task_vectors.items()
+            name: task_vectors.models[name].label if name in task_vectors.models else COMPUTED for name in task_vectors
         },
         "ignore": list(task_vectors.ignore),
         "prefix": next((source.prefix for source in sources if source.prefix), ""),
         "batch_norm": task_vectors.batch_norm,
-        "seed": seed,
+        "seed": int(seed),
         "dtype": str(dtype).removeprefix("torch.") if dtype else None,
         "rounding": rounding,
         "max_shard_size": max_shard_size,
@@ -62,7 +61,11 @@ def _plain(value: Any) -> Any:
         return as_config(value)
     if isinstance(value, ByTensor):
         return [{"tensors": f"^{re.escape(name)}$", "value": _plain(entry)} for name, entry in value.values.items()]
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.item() if hasattr(value, "item") else value  # a number of numpy, from a loop over linspace
 
 
 def _shown(value: Any) -> str:

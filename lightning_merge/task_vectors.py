@@ -196,6 +196,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         Raises:
             UserError: No model, or models whose keys, shapes or dtypes do not fit; before any tensor is merged.
         """
+        if models and "" in map(str, models):
+            raise UserError("A model has an empty name. Expected a name for each, for example '{cars: path/to/cars}'.")
         if not models:
             raise UserError("No models to merge. Expected at least one, for example --models '{cars: path/to/cars}'.")
         opened_base = open_weights(base, prefix) if base is not None else None
@@ -206,6 +208,9 @@ class TaskVectors(Mapping[str, TaskVector]):
         if errors and strict:
             raise UserError("\n".join(errors))
         template = opened_base if opened_base is not None else opened[min(opened)]
+        for pattern in [ignore] if isinstance(ignore, str) else ignore:
+            if not any(ignored(name, [pattern]) for source in (template, *opened.values()) for name in source.tensors):
+                findings.append(Finding("WARN", f"The pattern '{pattern}' to ignore fits no tensor."))
         vectors = cls(opened_base, template, models=opened, ignore=ignore, batch_norm=batch_norm)
         vectors.findings = findings
         return vectors
@@ -217,10 +222,10 @@ class TaskVectors(Mapping[str, TaskVector]):
             raise UserError("No task vectors to merge. Expected at least one.")
         for vector in vectors.values():
             TaskVector(space, vector.read)._require_same_base(vector)
-        models = space.models if set(vectors) == set(space.models) else {}
-        return cls(
-            space.base, space.template, vectors, models, space.ignore, "base" if not models else space.batch_norm
-        )
+        # A vector under its own name is still that of a file; any other is what algebra made of it.
+        models = {name: space.models[name] for name, vector in vectors.items() if space._vectors.get(name) is vector}
+        whole = set(models) == set(vectors)
+        return cls(space.base, space.template, vectors, models, space.ignore, space.batch_norm if whole else "base")
 
     # --- a mapping -----------------------------------------------------------------------------------------------
 
@@ -366,8 +371,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         for source in self.sources:
             self._values(source, name, start, stop)
         raise UserError(
-            f"Tensor '{name}' differs by more than {self.compute_dtype(name)} holds between the base and a model (among "
-            f"its entries {start} to {stop}). Expected weights of a like size; leave it out with --ignore REGEX."
+            f"Tensor '{name}' differs by more than {self.compute_dtype(name)} holds between the base and a model "
+            f"(among its entries {start} to {stop}). Expected weights of a like size, or --ignore REGEX."
         )
 
     def sample_delta(self, model: str, name: str, start: int, stop: int, stride: int) -> Tensor:
@@ -381,7 +386,7 @@ class TaskVectors(Mapping[str, TaskVector]):
     def unmerged(self, name: str) -> Tensor:
         """Return a tensor that is not merged: averaged BatchNorm statistics, or the template's own values."""
         info = self.info(name)
-        if name in self.averaged_names and self.models:
+        if name in self.averaged_names and set(self.models) == set(self.names):
             total = torch.zeros(info.numel, dtype=torch.float64)
             for model in self.names:
                 total += self._values(self.models[model], name, 0, info.numel)

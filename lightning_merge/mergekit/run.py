@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,19 @@ def run_recipe(
         raise UserError(f"A recipe makes a model's folder, not the file '{output}'. Expected --output FOLDER.")
     text = Path(recipe).read_text(encoding="utf-8") if _is_file(recipe) else str(recipe)
     plans = read_recipe(recipe)
+    for plan in plans:
+        if plan.name is not None and (plan.name in {".", ".."} or not re.fullmatch(r"[\w.-]+", plan.name)):
+            raise UserError(
+                f"A document is called '{plan.name}'. Expected the plain name of a folder, such as 'stage-1'."
+            )
     unnamed = [plan for plan in plans if plan.name is None]
     stages = output.with_name(output.name + ".stages") if unnamed else output
     reports = []
     for plan in plans:
         on_plan(plan)
         place = output if plan.name is None else stages / plan.name
+        # A stage is ours alone: what an earlier run left there of another recipe is of no use.
+        how = {**options, "overwrite": True} if unnamed and plan.name and (place / "merge.json").is_file() else options
         report = merge_parts(
             plan.parts,
             place,
@@ -56,13 +65,17 @@ def run_recipe(
             dtype=plan.dtype,
             companions={**plan.companions, RECIPE_FILE: plan.recipe},
             findings=plan.findings,
-            **options,
+            **how,
         )
         if not options.get("dry_run"):
             plan.planned.written(place)
         reports.append(report)
     if unnamed and not options.get("dry_run"):
-        shutil.rmtree(stages, ignore_errors=True)
+        for plan in plans:
+            if plan.name is not None:
+                shutil.rmtree(stages / plan.name, ignore_errors=True)
+        with suppress(OSError):  # whatever else stands there is not ours
+            stages.rmdir()
     return reports
 
 

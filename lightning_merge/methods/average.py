@@ -18,7 +18,8 @@ from lightning_merge.tensor_view import TensorView
 def weighted_average(finetuned: Tensor, weights: Sequence[float], divisor: float = 1.0) -> Tensor:
     """Return Σ w_t θ_t / divisor; ``(T, n)`` to ``(n,)`` in the input's dtype.
 
-    Sums in fp64, so that the average of equal models is that model and a one-hot weight takes that model's entries.
+    Sums in fp64: of fp32 models, the average of equal ones is that model, and a one-hot weight takes that model's
+    entries. Of fp64 models either may be off by the last bit, unless the one weight is 1.
     """
     total: Tensor | None = None
     term: Tensor | None = None

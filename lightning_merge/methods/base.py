@@ -181,7 +181,10 @@ class Step(ABC):
         name, count = type(self).__name__, len(models)
         if count < self.min_models or (self.max_models is not None and count > self.max_models):
             most = "" if self.max_models is None else f" and at most {self.max_models}"
-            raise UserError(f"{name} takes at least {self.min_models}{most} models, got {count}.")
+            wanted = f"at least {self.min_models}{most} models"
+            if self.min_models == self.max_models:
+                wanted = f"exactly {self.min_models} model{'s' if self.min_models > 1 else ''}"
+            raise UserError(f"{name} takes {wanted}, got {count}.")
         for spec in fields(self):
             value = getattr(self, spec.name)
             if "allowed" in spec.metadata and isinstance(value, dict):
@@ -317,6 +320,8 @@ def check_interval(owner: str, name: str, value: Any, allowed: str) -> None:
         above = x >= low if allowed.startswith("[") else x > low
         return above and (x <= high if allowed.endswith("]") else x < high)
 
+    if not number and not isinstance(value, str | type(None)):
+        raise UserError(f"{owner}: {name} must be a number in {allowed}, got {value!r}.")
     if not number or math.isnan(value) or math.isinf(value) or not inside(value):
         shown = f"{value:g}" if number else repr(value)
         meant = f" Did you mean {value / 100:g}?" if number and 1 < value <= 100 and inside(value / 100) else ""

@@ -17,6 +17,9 @@ from lightning_merge.methods.rescale import Thinning, as_stored, keep_only, pair
 from lightning_merge.methods.top_k import magnitude_bits
 from lightning_merge.tensor_view import GRID, TensorView
 
+# Draws for probabilities below this have 32 bits.
+_SMALL = 2.0**-7
+
 
 def keep_probabilities(count: int, density: float, epsilon: float) -> np.ndarray:
     """Return how likely each of ``count`` entries is kept, the largest first: from density + ε down to density − ε."""
@@ -62,7 +65,7 @@ def drop_by_rank(rows: Tensor, draws: Tensor, probabilities: np.ndarray, rescale
     ranked = np.take(rows.reshape(-1).numpy(), order)
     if rescale:
         ranked /= probabilities.astype(ranked.dtype)
-    kept = keep_only(torch.from_numpy(ranked), draws.numpy() < probabilities.astype(np.float32))
+    kept = keep_only(torch.from_numpy(ranked), draws.numpy() < probabilities.astype(draws.numpy().dtype))
     out = torch.empty_like(rows)
     out.view(-1).numpy()[order] = kept.numpy()
     return out
@@ -92,9 +95,9 @@ class Della(Transform):
     Raises:
         UserError: density − ε or density + ε is not between 0 and 1.
 
-    Cost: no pass of its own; one sort of integers for each row, 16 random bits an entry. Works on whole rows: 30 bytes
-        for each of their entries. In mergekit's form one pass for the norms, and one bit of memory for each entry of a
-        tensor in each model.
+    Cost: no pass of its own; one sort of integers for each row, 16 random bits an entry (32 where density − ε is
+        below 2⁻⁷). Works on whole rows: 30 bytes for each of their entries. In mergekit's form one pass for the norms,
+        and one bit of memory for each entry of a tensor in each model.
     Reference: Deep, Bhardwaj & Poria, 2024, DELLA-Merging, arXiv 2406.11617, section 3.1 (MagPrune).
 
     Example:
@@ -176,7 +179,9 @@ class Della(Transform):
             if density == 1:
                 thinned[task] = deltas[task]
                 continue
-            draws = uniform(seed, model, view.name, view.start, view.stop)
+            # 16 bits would round small probabilities by more than a part in a thousand, but the divisor is exact.
+            bits: Literal[16, 32] = 16 if density - epsilon >= _SMALL else 32
+            draws = uniform(seed, model, view.name, view.start, view.stop, bits=bits)
             for here, rows in _slabs(view, deltas[task]):
                 shape = rows.shape
                 if across:
@@ -200,6 +205,8 @@ class Della(Transform):
 
 def _slabs(view: TensorView, delta: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield ranges of a piece of whole rows, about a grid block long, and the rows ``(R, C)`` in them."""
+    if not len(delta):
+        return
     shape = view.info.shape
     row = view.info.numel // shape[0] if len(shape) > 1 else min(GRID, len(delta))
     step = max(GRID // row, 1) * row if len(shape) > 1 else GRID

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ Extent = Literal["tensor", "row", "last", "column"]
 # Products of so many entries are summed in the computing dtype, sums of those in fp64. Each run is one call of the same
 # dot product, whatever stands beside it in the piece, so that no chunking changes a bit.
 RUN = 1 << 10
+# Squared norms of runs between these have lost nothing to underflow or overflow in fp32.
+_SMALLEST, _LARGEST = 2.0**-90, 3e38
 # Vectors closer to opposite than 1.4e-3 radian: in which plane one turns into the other is lost in fp32's rounding.
 OPPOSITE = 1e-6
 
@@ -41,12 +43,7 @@ def block_products(vectors: Sequence[Tensor]) -> list[list[float]]:
     pairs = list(itertools.combinations_with_replacement(range(len(arrays)), 2))
     size = len(arrays[0])
     whole, blocks = size // RUN * RUN, size // GRID
-    rows = [array[:whole].reshape(-1, 1, RUN) for array in arrays]
-    columns = [array[:whole].reshape(-1, RUN, 1) for array in arrays]
-    runs = np.empty((len(pairs), whole // RUN, 1, 1), arrays[0].dtype)
-    for (i, j), found in zip(pairs, runs, strict=True):
-        np.matmul(rows[i], columns[j], out=found)
-    sums = runs.reshape(len(pairs), -1).astype(np.float64)
+    sums = _run_products([array[:whole].reshape(-1, RUN) for array in arrays])
     inside = blocks * (GRID // RUN)
     full = sums[:, :inside].reshape(len(pairs), blocks, GRID // RUN).sum(axis=2).tolist()
     if size == blocks * GRID:
@@ -62,16 +59,42 @@ def row_products(vectors: Sequence[Tensor]) -> Array:
     rows, width = arrays[0].shape
     whole = width // RUN * RUN
     rests = [array[:, whole:].astype(np.float64) for array in arrays]
+    runs = iter(_run_products([array[:, :whole].reshape(rows, whole // RUN, RUN) for array in arrays]))
 
     def products(i: int, j: int) -> Array:
         found: Array = np.matmul(rests[i][:, None, :], rests[j][:, :, None])[:, 0, 0]
-        if whole:
-            left, right = (arrays[k][:, :whole].reshape(rows, whole // RUN, RUN) for k in (i, j))
-            runs = np.matmul(left[:, :, None, :], right[:, :, :, None])[:, :, 0, 0]
-            found += runs.astype(np.float64).sum(axis=1)
+        found += next(runs).sum(axis=1)
         return found
 
     return _symmetric(len(arrays), rows, products)
+
+
+def _run_products(arrays: Sequence[NDArray[Any]]) -> Array:
+    """Return ⟨x_s, x_t⟩ of each run for s ≤ t: T arrays ``(..., RUN)`` to ``(T (T + 1) / 2, ...)``.
+
+    Taken in the computing dtype, and in fp64 where fp32 cannot hold the products: then one of the norms tells.
+    """
+    pairs = list(itertools.combinations_with_replacement(range(len(arrays)), 2))
+    runs = np.empty((len(pairs), *arrays[0].shape[:-1], 1, 1), arrays[0].dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for (i, j), found in zip(pairs, runs, strict=True):
+            np.matmul(arrays[i][..., None, :], arrays[j][..., :, None], out=found)
+    sums = runs[..., 0, 0].astype(np.float64)
+    if runs.dtype == np.float64:
+        return sums
+    squares = sums[[number for number, (i, j) in enumerate(pairs) if i == j]]
+    outside = ~((squares >= _SMALLEST) & (squares <= _LARGEST))
+    if not outside.any():
+        return sums
+    for array, here in zip(arrays, outside, strict=True):
+        # Runs of zeros are common, and lose nothing.
+        here[here] = array[here].any(axis=1)
+    lost = outside.any(axis=0)
+    if lost.any():
+        exact = [array[lost].astype(np.float64) for array in arrays]
+        for (i, j), found in zip(pairs, sums, strict=True):
+            found[lost] = np.matmul(exact[i][:, None, :], exact[j][:, :, None])[:, 0, 0]
+    return sums
 
 
 def column_products(vectors: Sequence[Tensor]) -> Array:

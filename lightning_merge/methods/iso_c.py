@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,13 +10,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter
-from lightning_merge.methods.matrices import merge_matrices, svd, total_of
+from lightning_merge.methods.matrices import merge_matrices, svd, total_of, weight_rounding
 from lightning_merge.tensor_view import TensorView
 
 
 def flatten_spectrum(matrices: Collection[Tensor]) -> Tensor:
     """Return σ̄ U Vᵀ of Σ τ_t = U diag(σ) Vᵀ, where σ̄ is the mean singular value."""
-    u, sigma, vh = svd(total_of(matrices))
+    total = total_of(matrices)
+    u, sigma, vh = svd(total, rounding=math.hypot(*weight_rounding(matrices)))
     return sigma.sum() / max(1, len(sigma)) * (u @ vh)
 
 
@@ -25,8 +27,10 @@ class IsoC(TensorMerge):
 
     With Σ τ_t = U diag(σ_1 … σ_r) Vᵀ, every singular value becomes their mean σ̄, so that no direction that many tasks
     share outweighs the others; the nuclear norm and the singular vectors stay. Directions that the sum does not have
-    (σ = 0 but for rounding) stay out. Convolutions are matrices (out, in · k · k); biases, norms and what has a side of
-    1 get λ times the mean of the task vectors. Embeddings are matrices like all others, as in the released code.
+    stay out: those with σ up to what rounding the θ_t to the computing dtype can make, about
+    2⁻²⁴ · rms(θ) · (√m + √n) · √T in fp32 (2⁻⁵³ where the base is fp64). Convolutions are matrices (out, in · k · k);
+    biases, norms and what has a side of 1 get λ times the mean of the task vectors. Embeddings are matrices like all
+    others, as in the released code.
 
     Args:
         scale: λ, in [-100, 100]; chosen on validation data in the paper. 1 by default.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import PerTensor, TensorMerge, hyperparameter, kept_count
-from lightning_merge.methods.matrices import merge_matrices, orthogonalize, svd, total_of
+from lightning_merge.methods.matrices import merge_matrices, orthogonalize, svd, total_of, weight_rounding
 from lightning_merge.tensor_view import TensorView
 
 
@@ -30,10 +31,17 @@ def merge_common_and_specific(matrices: Collection[Tensor], common_space_fractio
     """Return σ̄ U* V*ᵀ over the leading directions of Σ τ_t and, orthogonal to those, of each τ_t."""
     total = total_of(matrices)
     common, each = subspace_sizes(min(total.shape), len(matrices), common_space_fraction)
-    kept = [svd(total, common)]
+    roundings = weight_rounding(matrices)
+    in_total = math.hypot(*roundings)
+    kept = [svd(total, common, rounding=in_total)]
     shared = kept[0].u  # (m, k)
     if each:
-        kept += [svd(matrix - shared @ (shared.mT @ matrix), each, float(matrix.norm())) for matrix in matrices]
+        weakest = float(kept[0].sigma[-1]) if len(kept[0].sigma) else math.inf
+        for matrix, rounding in zip(matrices, roundings, strict=True):
+            size = float(matrix.norm())
+            # Rounding turns the common directions by up to its share in the weakest of them.
+            rounding += in_total * size / weakest
+            kept.append(svd(matrix - shared @ (shared.mT @ matrix), each, size, rounding))
     sigma = torch.cat([part.sigma for part in kept])
     left = orthogonalize(torch.cat([part.u for part in kept], 1))  # (m, k + T · s)
     right = orthogonalize(torch.cat([part.vh for part in kept], 0))  # (k + T · s, n)
@@ -47,8 +55,8 @@ class IsoCts(TensorMerge):
     Of r = min(m, n) directions of a matrix, the leading k of Σ τ_t stay; each task adds the leading s = (r − k) / T of
     what its τ_t has orthogonal to those. All are made orthogonal together and get one singular value, the mean σ̄ of
     those they had: θ₀ + λ · σ̄ U* V*ᵀ. Where s = 0 (few directions, many tasks) this is ``IsoC``. Directions whose
-    singular value is only rounding stay out. Convolutions are matrices (out, in · k · k); biases, norms and what has a
-    side of 1 get λ times the mean of the task vectors.
+    singular value is only rounding, of the θ_t too (see ``IsoC``), stay out. Convolutions are matrices
+    (out, in · k · k); biases, norms and what has a side of 1 get λ times the mean of the task vectors.
 
     Args:
         common_space_fraction: k / r, in [0, 1]; the paper's 0.8 by default. r − k becomes the multiple of T nearest to

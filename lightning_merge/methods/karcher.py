@@ -66,10 +66,10 @@ def karcher_mean(
 class Karcher(GramMerge):
     """Take the Karcher mean of the models' directions and the mean of their norms, tensor by tensor.
 
-    μ minimises Σ w_t ∠(μ, θ_t)² on the unit sphere, and the merge is μ · Σ w_t ‖θ_t‖; of two models it is slerp at
-    t = w₂. A model whose tensor is 0 drops out with its weight; where there is no one mean direction (opposite models),
-    the merge is the weighted average. With ``compat="mergekit"`` norms up to the tolerance have no direction but count
-    in the mean norm, and directions that cancel start from the first.
+    μ minimises Σ w_t ∠(μ, θ_t)² on the unit sphere, and the merge is μ · Σ w_t ‖θ_t‖; of two models of equal norm it is
+    slerp at t = w₂. A model whose tensor is 0 drops out with its weight; where there is no one mean direction (opposite
+    models), the merge is the weighted average. With ``compat="mergekit"`` norms up to the tolerance have no direction
+    but count in the mean norm, and directions that cancel start from the first.
 
     Args:
         max_iterations: Most steps of the search, in [1, 10000]; 10 by default.

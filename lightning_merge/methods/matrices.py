@@ -8,6 +8,7 @@ Decompositions are taken in fp64: they cost 1.5 times as much as in fp32 (measur
 orthogonal factors, which divide by singular values, then keep fp32's accuracy. They run in one thread, so that the
 result does not depend on how many there are. Directions whose singular value is only rounding are left out: they are
 arbitrary, differ between libraries, and a method that raises all singular values alike would turn them into noise.
+Rounding is that of the decomposition and, for such methods, that of the weights: θ_t in fp32 gives τ_t a full rank.
 """
 
 from __future__ import annotations
@@ -50,16 +51,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return (rows, columns) if rows > 1 and columns > 1 else None
 
 
-def svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Svd:
+def svd(matrix: Tensor, most: int | None = None, size: float = 0.0, rounding: float = 0.0) -> Svd:
     """Decompose a matrix, without the directions whose singular value is only rounding.
 
     Args:
         matrix: X, ``(m, n)``.
         most: How many of the leading directions are wanted; all by default.
         size: Norm of what X was computed from, where that is larger than X itself.
+        rounding: Singular values that the rounding of X's entries can have; see :func:`weight_rounding`.
 
     Returns:
-        As many directions as the numerical rank: those with σ above max(m, n) · ε times the larger of σ₁ and ``size``.
+        As many directions as the numerical rank: those with σ above ``rounding``, and above max(m, n) · ε times the
+        larger of σ₁ and ``size``.
     """
     rows, columns = matrix.shape
     # LAPACK is faster on tall matrices; without entries there is nothing that it would accept.
@@ -71,7 +74,7 @@ def svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Svd:
         v, sigma, uh = torch.linalg.svd(matrix.mT, full_matrices=False)
         u, vh = uh.mT, v.mT
     largest = max([size, *sigma[:1].tolist()])
-    rank = int((sigma > max(rows, columns) * torch.finfo(sigma.dtype).eps * largest).sum())
+    rank = int((sigma > max(rounding, max(rows, columns) * torch.finfo(sigma.dtype).eps * largest)).sum())
     if most is not None and most < len(sigma):
         # Copies: a slice would keep the whole decomposition in memory.
         u, sigma, vh = u[:, :most].clone(), sigma[:most].clone(), vh[:most].clone()
@@ -98,16 +101,49 @@ class TaskMatrices(Collection[Tensor]):
 
     def __init__(self, view: TensorView, shape: tuple[int, int]) -> None:
         self.view, self.shape = view, shape
+        self.lengths: dict[str, tuple[Tensor, Tensor]] = {}  # ‖·‖ of the rows and the columns of τ_t, once read
 
     def __len__(self) -> int:
         return len(self.view.models)
 
     def __iter__(self) -> Iterator[Tensor]:
         for model, row in zip(self.view.models, self.view.delta_rows(), strict=True):
-            yield require_finite(row.to(torch.float64, copy=True), self.view, f"of '{model}'").reshape(self.shape)
+            matrix = require_finite(row.to(torch.float64, copy=True), self.view, f"of '{model}'").reshape(self.shape)
+            if model not in self.lengths:
+                self.lengths[model] = _lengths(matrix)
+            yield matrix
 
     def __contains__(self, item: object) -> bool:
         return any(item is matrix for matrix in self)
+
+
+def weight_rounding(matrices: Collection[Tensor]) -> list[float]:
+    """Return for each τ_t how large a singular value can be that comes of rounding θ_t to the computing dtype.
+
+    Entries of θ_t are off by up to u |θ_t|, with u = 2⁻²⁴ in fp32 and 2⁻⁵³ in fp64. Independent errors of that size
+    have singular values up to u (max_i ‖row i‖ + max_j ‖column j‖) of θ_t, which is u · rms(θ_t) · (√m + √n) where rows
+    are alike; that of rounding, whose errors are 0.58 of their bound at most, stay below by a factor of 1.7. Matrices
+    that come without weights have none.
+    """
+    if not isinstance(matrices, TaskMatrices):
+        return [0.0] * len(matrices)
+    unit = torch.finfo(matrices.view.base.dtype).eps / 2
+    base = _lengths(matrices.view.base.reshape(matrices.shape))
+    found = []
+    for model in matrices.view.models:
+        if model not in matrices.lengths:
+            for _ in matrices:
+                pass
+        # ‖θ₀‖² + ‖τ_t‖² for ‖θ_t‖²: also τ_t, a difference, is rounded.
+        sides = zip(base, matrices.lengths[model], strict=True)
+        found.append(unit * sum(float(torch.hypot(*side).max()) for side in sides))
+    return found
+
+
+def _lengths(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ‖·‖ of the rows ``(m,)`` and the columns ``(n,)``, in fp64."""
+    rows, columns = (torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64) for dim in (1, 0))
+    return rows, columns
 
 
 def require_finite(values: Tensor, view: TensorView, whose: str) -> Tensor:

@@ -138,7 +138,8 @@ class Pcb(TensorMerge):
 
     The released code differs: it clamps |τ| to its 0.0001 quantiles, scores exp(T · norm(|τ|)²) · tanh(τ_i ⊙ Σ_j τ_j),
     and takes as weights the scores from the smallest kept one (weight 0) to the largest (weight 1). Here its weights
-    begin at a score of 0 where fewer entries than kept ones score above that.
+    begin at a score of 0 where fewer entries than kept ones score above that, and what equals the smallest kept score
+    in fp32 has weight 0.
 
     Args:
         ratio: Fraction of each task vector kept, in (0, 1]; the authors use 0.05 to 0.2, 0.1 by default.
@@ -254,7 +255,9 @@ class Pcb(TensorMerge):
         else:
             deltas = _clamped(deltas, context)
             for score, (least, most) in zip(scores, thresholds(context.largest) or [], strict=True):
-                score.sub_(least).div_(most - least if most > least else math.inf).clamp_(0, 1)
+                # The threshold is an fp32 number: what an fp64 score has beyond it is rounding, yet would be a weight.
+                above = score.float().gt(least)
+                score.sub_(least).div_(most - least if most > least else math.inf).clamp_(0, 1).mul_(above)
         merged = balanced_mean(deltas, scores, [scales[position] for position in context.moved])
         if self.variant == "paper" and set(scales) == {1.0}:
             return take_selected(merged, view, context.moved)

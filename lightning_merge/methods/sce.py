@@ -36,7 +36,9 @@ MERGEKIT_SMALLEST_WEIGHT = 1e-6
 def spread(deltas: Tensor) -> Tensor:
     """Return T² times the variance over the models, ``(T, n)`` to ``(1, n)`` in fp32.
 
-    In fp64 inside, over differences from the first model: 0 where all models agree. Rounding may leave a sign.
+    In fp64 inside, over differences from the first model: 0 where all models agree. Rounding may leave a sign. In fp32
+    the order is faithful for standard deviations from about 1e-19 to 1e19 / T: variances of less than that lose
+    digits, and are 0 below about 1e-23; those of more are infinite, and equal.
     """
     out = torch.empty(1, deltas.shape[1])
     for start in range(0, deltas.shape[1], _SPREAD_BLOCK):

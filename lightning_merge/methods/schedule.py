@@ -3,8 +3,8 @@
 A numeric setting is a number, or one for each model by name (``{cars: 0.3, sun: 0.5}``), and each of those may vary:
 
 - ``[0.2, 1.0]``: linear over depth, between any number of anchors. Layers are numbered by the first number in a name
-  (``h.3``, ``layer4``), the first at depth 0 and the last at 1; embeddings and stems, known by their names, lie at 0, all
-  else (a final norm, a head) at 1.
+  (``h.3``, ``layer4``), the first at depth 0 and the last at 1; embeddings and stems, known by their names, lie at 0,
+  all else (a final norm, a head) at 1.
 - ``[{tensors: "self_attn", value: 0.3}, {value: 0.5}]``: the first rule whose pattern is found in the tensor's name;
   a rule without a pattern fits every tensor.
 - :class:`ByTensor`: a value for each tensor by its name, from Python.
@@ -83,6 +83,20 @@ def _check_rule(owner: str, field: str, rule: Mapping[str, Any]) -> None:
         raise UserError(
             f"{owner}: {field} has the pattern '{rule['tensors']}', which is no regular expression ({error})."
         ) from error
+
+
+def unused_patterns(value: Any, names: Iterable[str]) -> Iterator[str]:
+    """Yield the patterns of a setting that are found in no tensor's name."""
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            yield from unused_patterns(entry, names)
+    elif isinstance(value, (list, tuple)):
+        for rule in value:
+            if isinstance(rule, Mapping):
+                pattern = str(rule.get("tensors", ""))
+                if not any(re.search(pattern, name) for name in names):
+                    yield pattern
+                yield from unused_patterns(rule["value"], names)
 
 
 def settle(what: str, value: Any, name: str, depth: float) -> Any:

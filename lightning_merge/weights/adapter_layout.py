@@ -15,6 +15,7 @@ from lightning_merge.weights.source import WeightSource
 
 # transformers' Conv1D stores (in, out); of square matrices no shape tells.
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
+OF_KNOWN_LAYOUT = f"whose config.json has the model_type {' or '.join(_CONV1D)}"
 _BARE_PARTS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l")
 
 
@@ -120,6 +121,8 @@ class _Builder:
         self.parts: dict[str, dict[str, str]] = {}
         self.plain: dict[str, str] = {}
         self.inner: set[str] = set()
+        # By whether a matrix is stored as (in, out), a module whose shape shows that it is or is not.
+        self.shown: dict[bool, str] = {}
         for key in (*adapter.tensors, *adapter.aliases):
             self._sort_in(key, parse_key(key))
         if not self.parts and not self.plain:
@@ -159,8 +162,10 @@ class _Builder:
     def build(self) -> Layout:
         modules: dict[str, AdaptedModule] = {}
         biases: dict[str, AdaptedModule] = {}
+        # What the shapes tell comes first: square matrices are judged by it.
+        made = {name: self._module(name) for name in sorted(self.parts, key=lambda name: (self._is_square(name), name))}
         for name in sorted(self.parts):
-            module = self._module(name)
+            module = made[name]
             if module.weight in modules:
                 raise UserError(
                     f"The adapter '{self.label}' updates the tensor '{module.weight}' twice, as "
@@ -174,6 +179,15 @@ class _Builder:
         self._note_tied(modules)
         return Layout(modules, biases, replaced, tuple(self.notes))
 
+    def _weight(self, name: str) -> str:
+        """The base's tensor that a module stands for."""
+        stored = weight_of(name, lambda known: self.base.stored_name(known) is not None, self.rename)
+        return self.base.stored_name(stored or "") or ""
+
+    def _is_square(self, name: str) -> bool:
+        shape = self.base.tensors[self._weight(name)].shape
+        return len(shape) == 2 and shape[0] == shape[1]
+
     def _module(self, name: str) -> AdaptedModule:
         config, keys = self.config, self.parts[name]
         if name not in self.inner and not config.targets(name):
@@ -182,8 +196,7 @@ class _Builder:
                 f"'{name}' (target_modules: {config.content.get('target_modules')!r}). PEFT would leave it out in "
                 f"silence; expected a {CONFIG_FILE} that belongs to the weights."
             )
-        stored = weight_of(name, lambda known: self.base.stored_name(known) is not None, self.rename)
-        weight = self.base.stored_name(stored or "") or ""
+        weight = self._weight(name)
         shape = self.base.tensors[weight].shape
         if "ia3_l" in keys:
             return self._ia3(name, weight, keys, shape)
@@ -220,19 +233,21 @@ class _Builder:
                 f"Expected a {CONFIG_FILE} that belongs to the weights."
             )
         transposed = self._is_transposed(name) if all(fits.values()) else fits[True]
+        if kind == "linear" and not all(fits.values()):
+            self.shown.setdefault(transposed, name)
         return AdaptedModule(name, weight, kind, keys, config.scaling(name), transposed)
 
     def _ia3(self, name: str, weight: str, keys: Mapping[str, str], shape: tuple[int, ...]) -> AdaptedModule:
         feedforward = self.config.is_feedforward(name)
         held = self._shape(keys["ia3_l"])
         count = max(held, default=0)
-        square = len(shape) == 2 and shape[0] == shape[1]
         if len(shape) > 2:
             transposed = False
-        elif square:
+        elif self._is_square(name):
             transposed = self._is_transposed(name)
         else:
             transposed = (shape[0] == count) == feedforward
+            self.shown.setdefault(transposed, name)
         axis = int(feedforward != transposed)
         linear_fits = len(shape) != 2 or held == ((1, count) if feedforward else (count, 1))
         if len(shape) < 2 or shape[axis] != count or not linear_fits:
@@ -244,9 +259,23 @@ class _Builder:
         return AdaptedModule(name, weight, "ia3", keys, transposed=transposed, feedforward=feedforward)
 
     def _is_transposed(self, name: str) -> bool:
-        """Tell whether a square matrix is stored as (in, out): by the architecture, else as the config says."""
-        known = is_conv1d(self.base, name)
-        return self.config.fan_in_fan_out if known is None else known
+        """Tell whether a square matrix is stored as (in, out): by the architecture, else as the config says.
+
+        PEFT decides module by module, and its config keeps what held for the last one.
+
+        Raises:
+            UserError: The architecture is not known, and the shape of another module contradicts the config.
+        """
+        known, said = is_conv1d(self.base, name), self.config.fan_in_fan_out
+        if known is not None:
+            return known
+        if other := self.shown.get(not said):
+            raise UserError(
+                f"How '{self.base.label}' stores the square matrix of '{name}' is ambiguous: the config of the adapter "
+                f"'{self.label}' says fan_in_fan_out: {str(said).lower()}, and the shape of '{other}' shows the "
+                f"contrary. Expected a base {OF_KNOWN_LAYOUT}, or the full model that PEFT's merge_and_unload makes."
+            )
+        return said
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return self.adapter.tensors[self.adapter.stored_name(key) or key].shape

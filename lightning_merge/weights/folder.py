@@ -95,9 +95,9 @@ def copy_model(files: Sequence[Path], source: Path, target: Path) -> list[str]:
 
 def replace_folder(finished: Path, target: Path) -> None:
     """Give a finished folder its name; what stood there goes only once the new one is in place."""
-    old = target.with_name(target.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    # A name that nobody else has: what stands beside is not ours to remove.
+    old = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
     try:

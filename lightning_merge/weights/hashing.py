@@ -103,8 +103,7 @@ def fingerprint(source: WeightSource) -> str:
         digest.update(sha256_of_source(source).encode())
     for file in sorted(source.files):
         place = file.resolve()
-        size, changed, *_ = _identity(place)
-        digest.update(f"{place}:{size}:{changed};".encode())
+        digest.update(f"{place}:{_identity(place)};".encode())
     return digest.hexdigest()
 
 

@@ -60,7 +60,7 @@ def open_weights(ref: Any, prefix: str = "") -> WeightSource:
         folder = path.parent if (path.parent / "config.json").is_file() else None
         return restored(SafetensorsSource(str(ref), [path], folder=folder))
     if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
-        return _open_checkpoint(path, str(ref), prefix)
+        return open_checkpoint(path, str(ref), prefix)
     raise UserError(f"'{ref}' has the unknown suffix '{path.suffix}'. {ACCEPTED}")
 
 
@@ -179,7 +179,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
+def open_checkpoint(path: Path, label: str, prefix: str) -> WeightSource:
     """Open the state dict of a checkpoint; ``prefix`` selects and is dropped."""
     content = read_checkpoint(path)
     state_dict = content.get("state_dict", content)

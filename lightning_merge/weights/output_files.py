@@ -60,6 +60,8 @@ class OutputFiles:
         shards: list[dict[str, TensorInfo]] = [{}]
         size = 0
         for name in sorted(tensors, key=_natural):
+            if name == "__metadata__":
+                raise UserError("A tensor cannot be called '__metadata__': safetensors keeps its own notes there.")
             nbytes = tensors[name].nbytes
             if max_shard_bytes is not None and shards[-1] and size + nbytes > max_shard_bytes:
                 shards.append({})
@@ -89,6 +91,11 @@ class OutputFiles:
     def paths(self) -> list[Path]:
         """The files."""
         return [self.folder / file for file in self.shards]
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the disk that the files take already."""
+        return sum(path.stat().st_blocks * 512 for path in self.paths if path.is_file())
 
     def create(self) -> None:
         """Write the headers and reserve the space, so that a full disk is noticed before any work.
@@ -167,4 +174,4 @@ class OutputFiles:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort layer 2 before layer 10, so that a shard holds neighbouring layers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

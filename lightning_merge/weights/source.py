@@ -170,11 +170,10 @@ class SafetensorsSource(WeightSource):
         file = self._file_of[name]
         position = self._offsets[name] + start * self.tensors[name].dtype.itemsize
         try:
-            if file not in self._descriptors:
-                self._descriptors[file] = _Descriptor(file)
-            number = self._descriptors[file].number
+            # Two threads may both open the file; one descriptor stays, and a local name keeps it open meanwhile.
+            descriptor = self._descriptors.get(file) or self._descriptors.setdefault(file, _Descriptor(file))
             while place:
-                count = os.preadv(number, [place], position)
+                count = os.preadv(descriptor.number, [place], position)
                 if not count:
                     raise OSError("the file ends before the tensor does")
                 place, position = place[count:], position + count
@@ -245,6 +244,20 @@ class MemorySource(WeightSource):
             owners[key] = name
             self.tensors[name] = TensorInfo(tuple(value.shape), value.dtype)
             self._values[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A checkpoint is opened again elsewhere: its values need not travel.
+        reopened = len(self.files) == 1 and self.files[0].suffix in {".ckpt", ".pt", ".pth", ".bin"} and not self.folder
+        return {**self.__dict__, "_values": {}} if reopened else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.tensors and not self._values:
+            from lightning_merge.weights.opening import open_checkpoint
+
+            opened = open_checkpoint(self.files[0], self.label, self.prefix)
+            assert isinstance(opened, MemorySource)
+            self._values = opened._values
 
     def read(self, name: str) -> Tensor:
         """Return the tensor called ``name``, sharing memory with its owner."""

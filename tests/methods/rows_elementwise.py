@@ -206,10 +206,11 @@ def pcb_code(ratio: float, scale: float) -> Reference:
             score = np.exp(count * scaled(size) ** 2) * np.tanh(row * tau.sum(0))
             ordered = np.sort(np.maximum(score, 0)).astype(np.float32).astype(np.float64)
             low, high = ordered[int(d * (1 - ratio))], ordered[-1]
-            weights[i] = np.clip((score - low) / (high - low), 0, 1) if high > low else 0
+            above = score.astype(np.float32) > low
+            weights[i] = np.where(above, np.clip((score - low) / (high - low), 0, 1), 0) if high > low else 0
         total = weights.sum(0)
-        above = scale * (weights * clamped).sum(0)
-        return added(base, np.divide(above, total, out=np.zeros_like(total), where=total > 0))
+        weighted = scale * (weights * clamped).sum(0)
+        return added(base, np.divide(weighted, total, out=np.zeros_like(total), where=total > 0))
 
     return reference
 

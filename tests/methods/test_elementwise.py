@@ -68,6 +68,16 @@ def test_pcb_worked_example_of_the_code() -> None:
     assert merged(Pcb(ratio=0.5, variant="code"), TWO) == pytest.approx([0, 0.4, 0, -0.4], abs=1e-7)
 
 
+def test_pcb_code_leaves_out_the_smallest_kept_entry_however_its_score_rounds() -> None:
+    """A score beyond its own fp32 rounding by 1e-8 is no weight: divided by itself it would count in full."""
+    base = {"w": torch.zeros(4)}
+    found = Pcb(ratio=0.5, variant="code")(TaskVectors.open(base, {m: {"w": torch.tensor(v)} for m, v in TWO.items()}))
+    assert found["w"].tolist() == pytest.approx([0, 0.4, 0, -0.4], abs=1e-7)
+    for seed in range(30):
+        kept = np.count_nonzero(merged(Pcb(ratio=0.1, variant="code"), random_models(1, 1000, seed=seed)))
+        assert kept == 99
+
+
 def test_pcb_shared_entries_are_averaged_by_their_scores() -> None:
     """Both keep all: the mean weighs by β, so the larger and better agreed entry has more say than a plain mean."""
     found = merged(Pcb(ratio=1.0), {"a": [1.0, 0.0, 0.0, 0.0], "b": [0.5, 0.0, 0.0, 0.2]})
@@ -317,7 +327,7 @@ def test_passthrough_needs_no_base_and_scales() -> None:
 
 @pytest.mark.parametrize("method", [ArceeFusion(), Expo(), NearSwap(), Passthrough()])
 def test_methods_of_one_model_refuse_two(method: MergeMethod) -> None:
-    with pytest.raises(UserError, match=f"{type(method).__name__} takes at least 1 and at most 1 models, got 2"):
+    with pytest.raises(UserError, match=f"{type(method).__name__} takes exactly 1 model, got 2"):
         merged(method, TWO)
 
 

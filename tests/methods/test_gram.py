@@ -82,6 +82,37 @@ def test_small_tensors_have_products_in_fp64() -> None:
     assert block_products([a, b])[1] == [pytest.approx(float(a.double() @ b.double()), rel=1e-14)]
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e-20, 1e-17, 1e19, 1e25])
+def test_products_of_tiny_and_huge_entries_hold_in_fp32(scale: float) -> None:
+    """Squares of such entries are 0, subnormal or infinite in fp32; other runs and other vectors are of size 1."""
+    plain, mixed = draw(2, GRID + 3000, dtype=torch.float32)
+    vectors = [plain, mixed.clone(), plain * scale, torch.zeros_like(plain)]
+    vectors[1][2048:9000] *= scale
+    exact = torch.stack(vectors).double()
+    found = [math.fsum(blocks) for blocks in block_products(vectors)]
+    by_row = row_products([vector.reshape(4, -1) for vector in vectors]).sum(axis=2)
+    pairs = list(itertools.combinations_with_replacement(range(4), 2))
+    for (i, j), product in zip(pairs, found, strict=True):
+        atol = 1e-6 * float(exact[i].norm() * exact[j].norm())
+        assert product == pytest.approx(float(exact[i] @ exact[j]), rel=0, abs=atol)
+        assert by_row[i, j] == pytest.approx(float(exact[i] @ exact[j]), rel=0, abs=atol)
+
+
+def test_products_of_tiny_entries_are_those_of_their_run() -> None:
+    vectors = [v * torch.where(torch.arange(2 * GRID) % 5000 < 2500, 1e-24, 1.0) for v in draw(2, 2 * GRID).float()]
+    whole = block_products(vectors)
+    for start in (0, GRID):
+        here = block_products([vector[start : start + GRID] for vector in vectors])
+        assert here == [[blocks[start // GRID]] for blocks in whole]
+
+
+def test_tiny_and_huge_models_merge_as_their_multiples_do() -> None:
+    a, b = draw(2, 4096, dtype=torch.float32)
+    plain = merged(Karcher(), [a, b], dtype=torch.float32)
+    for scale in (2.0**-80, 2.0**80):
+        close(merged(Karcher(), [a * scale, b * scale], dtype=torch.float32) / scale, plain, 1e-6)
+
+
 @pytest.mark.parametrize("width", [1, 7, 1024, 2500])
 def test_products_by_row_and_column(width: int) -> None:
     matrices = list(draw(2, 9, width, dtype=torch.float32))
@@ -423,9 +454,9 @@ def test_weights_that_only_rounding_keeps_from_0_divide_in_mergekits_form() -> N
 @pytest.mark.parametrize(
     ("make", "count", "message"),
     [
-        (lambda: Slerp(), 2, "Slerp takes at least 1 and at most 1 models, got 2"),
-        (lambda: NuSlerp(), 3, "NuSlerp takes at least 2 and at most 2 models, got 3"),
-        (lambda: NuSlerp(), 1, "NuSlerp takes at least 2 and at most 2 models, got 1"),
+        (lambda: Slerp(), 2, "Slerp takes exactly 1 model, got 2"),
+        (lambda: NuSlerp(), 3, "NuSlerp takes exactly 2 models, got 3"),
+        (lambda: NuSlerp(), 1, "NuSlerp takes exactly 2 models, got 1"),
         (lambda: NuSlerp(weights={"a": 1, "b": -1}), 2, "NuSlerp: the weights sum to 0"),
         (lambda: MultiSlerp(weights={"a": 0.1, "b": 0.2, "c": -0.3}), 3, "MultiSlerp: the weights sum to 0"),
         (lambda: Karcher(weights=0), 2, "Karcher: the weights are all 0"),

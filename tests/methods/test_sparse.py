@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_merge import TaskVectors
 from lightning_merge.errors import UserError
-from lightning_merge.methods import Breadcrumbs, Dare, Della, MergeMethod, Sce, TaskArithmetic, Ties, Transform
+from lightning_merge.methods import Breadcrumbs, Dare, Della, IsoC, MergeMethod, Sce, TaskArithmetic, Ties, Transform
 from lightning_merge.methods.della import by_magnitude, drop_by_rank, keep_probabilities
 from lightning_merge.methods.rescale import keep_only, norm_factors
 from lightning_merge.methods.sce import spread
@@ -256,6 +256,24 @@ def test_della_handles_rows_of_one_entry(shape: tuple[int, ...], compat: Any) ->
     grown = 2.0 if compat == "paper" else found.numel() / max(kept.numel(), 1)
     assert found.shape == shape
     torch.testing.assert_close(kept, torch.full_like(kept, grown))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3), (0, 2, 2)])
+@pytest.mark.parametrize("compat", ["paper", "mergekit"])
+def test_della_leaves_empty_tensors_empty_in_any_layout(shape: tuple[int, ...], compat: Any) -> None:
+    assert thinned(Della(density=0.5, compat=compat), torch.ones(shape)).shape == shape
+    # A method that sees whole tensors is given the empty ones too.
+    found = IsoC()(opened({"m": torch.ones(shape)}), transforms=[Della(density=0.5, compat=compat)])["w"]
+    assert found.shape == shape
+
+
+@pytest.mark.parametrize("density", [4e-6, 2.28e-5, 1e-3])
+def test_della_keeps_the_expectation_at_small_densities(density: float) -> None:
+    """16 bits would keep no entry at 4e-6, and 1.53e-5 of them where 2.28e-5 is divided by."""
+    tau = torch.ones(64, GRID)
+    kept = int((thinned(Della(density=density, epsilon=0.0), tau) != 0).sum())
+    expected = density * tau.numel()
+    assert abs(kept - expected) < 2.5 * math.sqrt(expected)
 
 
 def test_della_ranks_a_long_vector_in_blocks_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

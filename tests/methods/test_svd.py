@@ -23,10 +23,11 @@ from lightning_merge.methods import (
 )
 from lightning_merge.methods.iso_c import flatten_spectrum
 from lightning_merge.methods.iso_cts import merge_common_and_specific, subspace_sizes
-from lightning_merge.methods.matrices import matrix_shape, orthogonalize, svd
+from lightning_merge.methods.matrices import TaskMatrices, matrix_shape, orthogonalize, svd, weight_rounding
 from lightning_merge.methods.svc import calibration_factors
 from lightning_merge.methods.tsv_m import merge_singular_vectors
 from lightning_merge.methods.wudi import descend, interference, interference_gradient, least_interference
+from lightning_merge.tensor_view import TensorView
 
 State = dict[str, Tensor]
 
@@ -181,7 +182,7 @@ class TestMethods:
     def test_task_vectors_that_overflow_are_refused_by_name(self, step: MergeMethod) -> None:
         vectors = opened({"layer.w": draw(4, 4).float()}, {"a": {"layer.w": draw(4, 4).float()}})
         overflowing = TaskVectors.of(vectors, {"a": vectors["a"], "b": vectors["a"] * 1e39})
-        with pytest.raises(UserError, match=r"'layer\.w'.* (NaN|infinity)"):
+        with pytest.raises(UserError, match=r"'layer\.w'.* (NaN|infinity|more than torch\.float32 holds)"):
             step(overflowing)
 
 
@@ -256,6 +257,44 @@ def test_iso_c_makes_the_spectrum_flat_and_keeps_the_nuclear_norm(shape: tuple[i
 def test_iso_c_adds_no_directions() -> None:
     tau = low_rank(6, 8, [3.0, 2.0, 1.0], 0)
     close(flatten_spectrum([tau]), low_rank(6, 8, [2.0, 2.0, 2.0], 0))
+
+
+@pytest.mark.parametrize("method", [IsoC(), IsoCts(), IsoCts(common_space_fraction=0.5)], ids=repr)
+@pytest.mark.parametrize("shape", [(64, 64), (96, 40), (40, 96)], ids=str)
+@pytest.mark.parametrize("heavy", [False, True])
+def test_iso_does_not_raise_the_rounding_of_weights(method: MergeMethod, shape: tuple[int, int], heavy: bool) -> None:
+    """Two updates of rank 4 have 8 directions, though θ₀ + τ in fp32 gives the differences a full rank."""
+    base = draw(*shape, seed=9)
+    base[0] *= 30 if heavy else 1  # one long row brings rounding of its own
+    base = base.float()
+    factors = {name: (draw(shape[0], 4, seed=seed), draw(4, shape[1], seed=seed + 5)) for seed, name in enumerate("ab")}
+    taus = {name: 0.02 * left @ right for name, (left, right) in factors.items()}
+    models = {name: {"w": (base.double() + tau).float()} for name, tau in taus.items()}
+    found = method(TaskVectors.open({"w": base}, models))["w"].double() - base.double()
+    values = spectrum(found)
+    assert values[7] > 0.9 * values[0] and values[8] < 1e-3 * values[0]
+    exact = {name: {"w": base.double() + tau} for name, tau in taus.items()}
+    close(found, method(TaskVectors.open({"w": base.double()}, exact))["w"] - base.double(), 1e-3)
+
+
+@pytest.mark.parametrize("method", [IsoC(), IsoCts()], ids=repr)
+def test_iso_keeps_all_directions_of_weights_that_changed_in_all(method: MergeMethod) -> None:
+    base = draw(48, 48, seed=9).float()
+    models = {name: {"w": base + 1e-3 * draw(48, 48, seed=seed).float()} for seed, name in enumerate("ab")}
+    found = method(TaskVectors.open({"w": base}, models))["w"].double() - base.double()
+    assert spectrum(found)[-1] > 0.5 * spectrum(found)[0]
+
+
+def test_weight_rounding_bounds_what_rounding_does() -> None:
+    """Between the largest singular value of rounding itself and a few times that, whatever the shape."""
+    for rows, columns in [(64, 64), (300, 20), (7, 200), (2, 200)]:
+        base, tau = draw(rows, columns, seed=1).float(), 0.1 * draw(rows, columns, seed=2)
+        exact = base.double() + tau
+        view = TensorView(TaskVectors.open({"w": base}, {"a": {"w": exact.float()}}), "w", 0, base.numel())
+        (bound,) = weight_rounding(TaskMatrices(view, (rows, columns)))
+        noise = float(spectrum(exact.float().double() - exact)[0])
+        assert noise < bound < 5 * noise
+    assert weight_rounding([draw(3, 3), draw(3, 3)]) == [0.0, 0.0]
 
 
 def test_iso_cts_with_one_model_or_no_directions_of_tasks_is_iso_c() -> None:

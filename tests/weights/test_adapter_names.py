@@ -15,7 +15,7 @@ from lightning_merge.weights import open_weights
 from lightning_merge.weights.adapters import is_adapter, open_adapter
 
 peft = pytest.importorskip("peft")
-from adapter_files import edit_config, edit_weights, load, lora, save_adapter, save_base  # noqa: E402
+from adapter_files import adapt, edit_config, edit_weights, load, lora, save_adapter, save_base  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +210,59 @@ def test_the_output_layer_of_an_adapter_with_tied_weights_counts_once(bases: dic
     tie_output_layer(adapter)
     source = open_adapter(adapter, bases["gpt2"])
     assert list(source.modules) == ["transformer.wte.weight"] and source.layout.notes == ()
+
+
+# --- square matrices over a base of no known architecture ---------------------------------------------------------
+
+
+def blocks(order: str) -> torch.nn.Module:
+    """A model of which PEFT adapts, in this order, square (s) or wide (w) modules, Linear or (capitals) Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Module()
+    for place, kind in enumerate(order):
+        width = 16 if kind in "sS" else 24
+        module = Conv1D(width, 16) if kind.isupper() else torch.nn.Linear(16, width)
+        module.weight.data = torch.randn(module.weight.shape, generator=generator)
+        model.add_module(f"part{place}", module)
+    return model
+
+
+ADAPTERS: dict[str, Any] = {
+    "lora": lambda parts: lora(target_modules=parts),
+    "dora": lambda parts: lora(target_modules=parts, use_dora=True),
+    "ia3": lambda parts: peft.IA3Config(target_modules=parts, feedforward_modules=parts[:1]),
+}
+
+
+def saved_over(model: torch.nn.Module, kind: str, folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """Write a random adapter of all parts; return the base's tensors and PEFT's own merge."""
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = [name for name, _ in model.named_children()]
+    adapted = adapt(model, ADAPTERS[kind](parts))
+    adapted.save_pretrained(folder)
+    return base, adapted.double().merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("order", ["ws", "sw", "s", "WS", "SW", "S"])
+def test_square_matrices_among_modules_of_one_class_are_what_peft_makes_of_them(
+    order: str, kind: str, tmp_path: Path
+) -> None:
+    base, theirs = saved_over(blocks(order), kind, tmp_path / "a")
+    source = open_adapter(tmp_path / "a", base)
+    for name in base:
+        torch.testing.assert_close(source.read(name), theirs[name].float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("order", ["Ws", "wS", "wsW", "Wsw", "wSW"])
+def test_square_matrices_where_the_shapes_contradict_the_config_are_refused(
+    order: str, kind: str, tmp_path: Path
+) -> None:
+    """PEFT decides module by module; the config keeps what held for the last one alone."""
+    base, _ = saved_over(blocks(order), kind, tmp_path / "a")
+    square = f"part{order.lower().index('s')}"
+    with pytest.raises(UserError, match=rf"'{square}' is ambiguous: .*fan_in_fan_out.*'part\d'.*model_type gpt2"):
+        open_adapter(tmp_path / "a", base)
