@@ -140,7 +140,9 @@ def _explain(message: str, options: Sequence[str]) -> str:
         return _explain_option(refused.group(1), [name.removeprefix("--") for name in options])
     required = re.search(r"the following arguments are required: (.+)", message)
     if required:
-        return f"Missing: {', '.join(f'--{name.strip()}' for name in required.group(1).split(','))}. See --help."
+        missing = ", ".join(f"--{name.strip()}" for name in required.group(1).split(","))
+        other = " (or --recipe)" if missing == "--method" and "--recipe" in options else ""
+        return f"Missing: {missing}{other}. See --help."
     flat = re.sub(r"\s*\n\s*", " ", message).strip()
     return _explain_type(message) or re.sub(r'Parser key "([\w.]+)"', r"--\1", flat)
 

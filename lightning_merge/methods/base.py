@@ -320,8 +320,6 @@ def check_interval(owner: str, name: str, value: Any, allowed: str) -> None:
         above = x >= low if allowed.startswith("[") else x > low
         return above and (x <= high if allowed.endswith("]") else x < high)
 
-    if not number and not isinstance(value, str | type(None)):
-        raise UserError(f"{owner}: {name} must be a number in {allowed}, got {value!r}.")
     if not number or math.isnan(value) or math.isinf(value) or not inside(value):
         shown = f"{value:g}" if number else repr(value)
         meant = f" Did you mean {value / 100:g}?" if number and 1 < value <= 100 and inside(value / 100) else ""

@@ -63,11 +63,21 @@ def agree(
     atol: float = 1e-6,
 ) -> None:
     theirs = merge_state_dicts({"base": base, **models}, name, parameters=parameters, base="base")
-    ours = method(TaskVectors.open(base=base, models=models, check=False), transforms=transforms, seed=SEED)
-    changed = 0
+    vectors = TaskVectors.open(base=base, models=models, check=False)
+    ours = method(vectors, transforms=transforms, seed=SEED)
+    changed = undecided = 0
     for key in SHAPES:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=atol)
+        apart = (ours[key] - theirs[key]).abs() > atol
+        if isinstance(method, Ties) and apart.any():
+            # Where the votes cancel but for rounding, either sign may be elected.
+            votes = TaskArithmetic(scale=1.0, weights=method.weights, **THEIRS)
+            total = votes(vectors, transforms=transforms, seed=SEED)[key] - base[key]
+            assert (total[apart].abs() < 1e-6).all()
+            undecided += int(apart.sum())
+        else:
+            assert not apart.any()
         changed += int((ours[key] != base[key]).sum())
+    assert undecided <= 2
     assert changed > 1000, "a comparison of nothing"
 
 
