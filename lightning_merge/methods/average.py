@@ -15,12 +15,23 @@ from lightning_merge.methods.gram import combine
 from lightning_merge.tensor_view import TensorView
 
 
-def weighted_average(finetuned: Tensor, weights: Sequence[float], divisor: float = 1.0) -> Tensor:
+def weighted_average(
+    finetuned: Tensor, weights: Sequence[float], divisor: float = 1.0, accumulate: torch.dtype = torch.float64
+) -> Tensor:
     """Return Σ w_t θ_t / divisor; ``(T, n)`` to ``(n,)`` in the input's dtype.
 
     Sums in fp64: of fp32 models, the average of equal ones is that model, and a one-hot weight takes that model's
-    entries. Of fp64 models either may be off by the last bit, unless the one weight is 1.
+    entries. Of fp64 models either may be off by the last bit, unless the one weight is 1; so of fp32 ones summed in
+    fp32, which is enough for models stored in 16 bits.
     """
+    if accumulate == finetuned.dtype:
+        present = [(row, weight) for row, weight in zip(finetuned, weights, strict=True) if weight]
+        if not present:
+            return torch.zeros_like(finetuned[0])
+        total32 = present[0][0] * present[0][1]
+        for row, weight in present[1:]:
+            total32.add_(row, alpha=weight)
+        return total32 if divisor == 1 else total32.div_(divisor)
     total: Tensor | None = None
     term: Tensor | None = None
     for row, weight in zip(finetuned, weights, strict=True):
@@ -35,6 +46,11 @@ def weighted_average(finetuned: Tensor, weights: Sequence[float], divisor: float
     if total is None:
         return torch.zeros_like(finetuned[0])
     return (total if divisor == 1 else total.div_(divisor)).to(finetuned.dtype)
+
+
+def _accumulator(view: TensorView) -> torch.dtype:
+    """Return the dtype of sums: fp64, or for models stored in 16 bits fp32, whose rounding only a wider output shows."""
+    return torch.float32 if view.info.dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,8 @@ class SimpleAverage(TensorMerge):
 
     def apply(self, view: TensorView, context: Any) -> Tensor:
         """Return the mean over the models."""
-        # In fp64 a sum of equal fp32 numbers is exact, and so is their average.
-        total = view.finetuned[0].to(torch.float64, copy=True)
+        # In fp64 a sum of equal fp32 numbers is exact, and so is their average; in fp32 that of 16-bit numbers.
+        total = view.finetuned[0].to(_accumulator(view), copy=True)
         for row in view.finetuned[1:]:
             total += row
         return total.div_(len(view.models)).to(view.finetuned.dtype)
@@ -79,8 +95,8 @@ class SimpleAverage(TensorMerge):
 class WeightedAverage(TensorMerge):
     """Average the weights of all models with one weight each.
 
-    Sums are in fp64. mergekit rounds weights to fp32 and sums in fp32, and divides by a sum of weights that is but
-    their rounding (``compat="mergekit"``).
+    Sums are in fp64, those of models stored in 16 bits in fp32. mergekit rounds weights to fp32, sums in fp32, and
+    divides by a sum of weights that is but their rounding (``compat="mergekit"``).
 
     Args:
         weights: One number for each model by name, in [-100, 100]; equal weights by default.
@@ -132,7 +148,8 @@ class WeightedAverage(TensorMerge):
         """Return Σ w_t θ_t / Σ w_t."""
         weights = per_model("WeightedAverage: weights", self.weights, view.models)
         if self.compat == "paper":
-            return weighted_average(view.finetuned, weights, sum(weights) if self.normalize else 1.0)
+            divisor = sum(weights) if self.normalize else 1.0
+            return weighted_average(view.finetuned, weights, divisor, _accumulator(view))
         rounded = torch.tensor(weights, dtype=view.finetuned.dtype)
         total = combine(view.finetuned.unbind(), rounded.tolist())
         return total / rounded.sum() if self.normalize else total
