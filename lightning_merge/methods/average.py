@@ -49,7 +49,7 @@ def weighted_average(
 
 
 def _accumulator(view: TensorView) -> torch.dtype:
-    """Return the dtype of sums: fp64, or for models stored in 16 bits fp32, whose rounding only a wider output shows."""
+    """Return the dtype of sums: fp64; fp32 for models stored in 16 bits, where only a wider output shows rounding."""
     return torch.float32 if view.info.dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
