@@ -352,7 +352,7 @@ def test_bad_input_exits_2_with_one_message_and_nothing_written(place: Place, ca
 
 def test_what_is_missing_is_named(place: Place, capsys: Capture) -> None:
     assert main(["merge", *place.sources, "--output", str(place.out)]) == 2
-    assert "Missing: --method." in capsys.readouterr().err
+    assert "Missing: --method (or --recipe). See --help." in capsys.readouterr().err
     assert main(["merge", "--method", "Ties", *place.sources]) == 2
     assert "No output. Expected --output FOLDER" in capsys.readouterr().err
 
