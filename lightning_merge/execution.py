@@ -294,6 +294,8 @@ def work(descriptor: int) -> None:
         payload = connection.recv_bytes()
         make, measure, threads, active = connection.recv()
         try:
+            # Nobody else can write here: the socket is one end of a pair that the parent made and handed down. Taken
+            # apart from receiving, so that what cannot be rebuilt is told from a parent that is gone.
             job: Job = pickle.loads(payload)
         except (AttributeError, ImportError) as error:
             raise UserError(
