@@ -6,10 +6,6 @@ that was killed goes on where it stopped when the same is asked for again.
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,13 +34,13 @@ from lightning_merge.outputs import (
     versions,
     write_checkpoint,
 )
+from lightning_merge.placing import put_in_place
 from lightning_merge.planning import Plan, plan
 from lightning_merge.recipe import describe, resolved_recipe, to_yaml
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import Finding, SafetensorsSource, TensorInfo, WeightSource
-from lightning_merge.weights.folder import companions_sha256, copy_companions, write_text
+from lightning_merge.weights.folder import companions_sha256
 from lightning_merge.weights.output_files import OutputFiles, parse_size
-from lightning_merge.weights.quantized import quantization_settings
 
 __all__ = ["MergeReport", "Part", "merge", "merge_parts"]
 
@@ -279,7 +275,7 @@ def merge_parts(
             sizes = {inside + path.name: path.stat().st_size for path in sorted(place.files.iterdir())}
             record = provenance(report, digest({**identity, "sha256": hashes}), hashing.sources, hashes, sizes)
             card = card_text(report, _how(parts), hashing.sources, hashes, title)
-            _put_in_place(place, output, report, record, card, template, companions, wanted)
+            put_in_place(place, output, report, record, card, template, companions, wanted)
     except OSError as error:
         raise UserError(f"The output '{output}' cannot be written ({error}). Expected a place to write.") from error
     return report
@@ -335,54 +331,6 @@ def _make(
             raise OSError(str(error)) from error
         path.unlink()
     return done, len(job.tensors) - len(wanted)
-
-
-def _put_in_place(
-    place: Workplace,
-    output: Path,
-    report: MergeReport,
-    record: dict[str, Any],
-    card: str,
-    template: WeightSource,
-    companions: Mapping[str, str | bytes | Path] | None,
-    dtype: torch.dtype | None,
-) -> None:
-    """Write what stands beside the weights, and give everything its name."""
-    files = place.files
-    text = json.dumps(record, indent=2) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not is_folder(output):
-        # No record may vouch for weights it does not describe, even if the process is killed between the two.
-        place.placing()
-        record_of(output).unlink(missing_ok=True)
-        os.replace(files / output.name, output)
-        write_text(record_of(output), text)
-        return
-    if companions is None:
-        if template.folder:
-            stated = template.folder / "config.json"
-            restored = stated.is_file() and bool(quantization_settings(json.loads(stated.read_text(encoding="utf-8"))))
-            copy_companions(template.folder, files, torch.float32 if restored and not dtype else dtype, restored)
-    else:
-        for name, content in companions.items():
-            (files / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, files / name)
-            else:
-                (files / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    write_text(files / "merge.yaml", to_yaml(report.recipe))
-    write_text(files / "merge.json", text)
-    write_text(files / "README.md", card)
-    if output.exists():
-        try:
-            os.replace(output, place.replaced)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            for path in sorted(files.iterdir(), key=lambda path: path.name == "merge.json"):
-                shutil.move(path, output / path.name)  # a place where a disk is mounted keeps its own name
-            return
-    os.replace(files, output)
 
 
 def _companions_of(template: WeightSource) -> str | None:
