@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError, unknown
-from lightning_merge.modules.folder import quiet_transformers, resolve_folder
+from lightning_merge.modules.folder import resolve_folder
 from lightning_merge.weights import open_weights
-from lightning_merge.weights.folder import copy_companions
+from lightning_merge.weights.folder import copy_companions, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_merge.errors import UserError
 from lightning_merge.weights import open_weights, resolve_path, save_safetensors, sha256_of_source
 from lightning_merge.weights.card import stated_license
-from lightning_merge.weights.folder import write_text
+from lightning_merge.weights.folder import quiet_transformers, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,22 +26,6 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 BASE_SHA256 = "base_sha256"
 _CARD_OF_OURS = "with lightning_merge, from a base under the licence above."
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports inside the block, and restore what was set before."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def resolve_folder(base: str | os.PathLike[str]) -> Path:
