@@ -80,13 +80,21 @@ class Coefficients(nn.Module):
         self._index = torch.tensor([self.groups.index(group_of[name]) for name in self.tensor_names])
         keep = torch.ones(len(self.tensor_names), len(self.models))
         for model, tensor in zero:
+            if model not in self.models:
+                raise unknown("model of a coefficient that is 0", model, self.models)
+            if tensor not in self._rows:
+                raise unknown("tensor of a coefficient that is 0", tensor, self.tensor_names)
             keep[self._rows[tensor], self.models.index(model)] = 0.0
         self._keep = None if bool(keep.all()) else keep  # (L, T)
+        # Where nothing is left of a whole group, there is no coefficient to show either.
+        left = torch.zeros(len(self.groups), len(self.models)).index_add(0, self._index, keep).t()
+        self._pruned = None if self._keep is None else left == 0  # (T, G)
         start = self._start(initial, group_of)  # (T, G)
         if constraint == "clamp" and not bool(((start >= 0) & (start <= 1)).all()):
             raise UserError(f"Coefficients clamped to [0, 1] cannot start at {start.flatten().tolist()[:3]}.")
         if constraint == "softmax":
             # Any start is a point of the simplex only up to a common factor.
+            start = start if self._pruned is None else start.masked_fill(self._pruned, 1.0)
             if not bool((start > 0).all()):
                 raise UserError("Coefficients under a softmax must start above 0. Expected initial: 0.3, for example.")
             start = start.log()
@@ -118,13 +126,24 @@ class Coefficients(nn.Module):
         """
         return TaskDirections(deltas.reshape(len(deltas), -1))
 
+    def tie(self, tensor: str, owner: str) -> None:
+        """Give a tensor the coefficients of another: the two are one parameter of the live module."""
+        self._index[self._rows[tensor]] = self._index[self._rows[owner]]
+        if self._keep is not None:
+            self._keep[self._rows[tensor]] = self._keep[self._rows[owner]]
+
     # --- for people -----------------------------------------------------------------------------------------------
 
     def by_group(self) -> Tensor:
         """Return λ as ``(T, G)``, after the constraint."""
+        pruned = None if self._pruned is None else self._pruned.to(self.raw.device)
+        values: Tensor = self.raw
         if self.constraint == "clamp":
-            return self.raw.clamp(0.0, 1.0)
-        return self.raw.softmax(dim=0) if self.constraint == "softmax" else self.raw
+            values = values.clamp(0.0, 1.0)
+        elif self.constraint == "softmax":
+            # Finite, since a group of which every model is pruned must not become NaN.
+            values = (values if pruned is None else values.masked_fill(pruned, -1e30)).softmax(dim=0)
+        return values if pruned is None else values.masked_fill(pruned, 0.0)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Return λ by model and group."""
@@ -213,8 +232,8 @@ class Coefficients(nn.Module):
                 strengths[fitting] = float(strength)
         else:
             strengths = torch.full((len(self.groups),), float(prior))
-        if not bool((strengths >= 0).all()):
-            raise UserError(f"A prior must be at least 0, got {prior}.")
+        if not bool(((strengths >= 0) & strengths.isfinite()).all()):
+            raise UserError(f"A prior must be a finite number of at least 0, got {prior}.")
         return strengths if bool(strengths.any()) else None
 
 

@@ -49,15 +49,16 @@ def parameter_names(
             known.setdefault(place + alternative, own.get(_WRAPPERS.sub("", place + inner), place + inner))
     chosen = _best_prefix(list(shapes), known) if prefix is None else prefix
     found: dict[str, str] = {}
+    missing = [name for name in shapes if known.get(chosen + name) not in named]
+    if missing:
+        place = f" under '{chosen}'" if chosen else ""
+        raise UserError(
+            f"The tensor '{missing[0]}' of the task vectors has no counterpart in {type(module).__name__}{place} "
+            f"({len(missing)} of {len(shapes)} have none). Expected the models this module was built from; leave a "
+            f"tensor out with TaskVectors.open(..., ignore=[...]).{nearest(chosen + missing[0], known)}"
+        )
     for name, shape in shapes.items():
-        target = known.get(chosen + name)
-        if target is None or target not in named:
-            place = f" under '{chosen}'" if chosen else ""
-            raise UserError(
-                f"The tensor '{name}' of the task vectors has no counterpart in {type(module).__name__}{place} "
-                f"({len(shapes)} tensors are looked for). Expected the models this module was built from; leave a "
-                f"tensor out with TaskVectors.open(..., ignore=[...]).{nearest(chosen + name, known)}"
-            )
+        target = known[chosen + name]
         if tuple(named[target].shape) != tuple(shape):
             raise UserError(
                 f"The tensor '{name}' has shape {tuple(shape)} in the task vectors and {tuple(named[target].shape)} "
@@ -80,9 +81,12 @@ def _best_prefix(names: Sequence[str], known: Mapping[str, str]) -> str:
             f"parameters are called like '{next(iter(known), '')}'. Expected the models this module was built from, "
             "or prefix=... if they stand under another name."
         )
-    winners = sorted(prefix for prefix in candidates if score[prefix] == best)
-    targets = {tuple(known.get(prefix + name) for name in names) for prefix in winners}
-    if len(targets) > 1:
+    # Files with and without the name that a head puts before them fit the same parameters: the shortest speaks for all.
+    places: dict[tuple[str | None, ...], str] = {}
+    for prefix in sorted((prefix for prefix in candidates if score[prefix] == best), key=lambda p: (len(p), p)):
+        places.setdefault(tuple(known.get(prefix + name) for name in names), prefix)
+    winners = list(places.values())
+    if len(winners) > 1:
         raise UserError(
             f"The tensors of the task vectors fit in {len(winners)} places of the module: "
             f"{', '.join(repr(prefix) for prefix in winners)}. Expected prefix=... with one of them."
@@ -118,13 +122,19 @@ def _file_names(model: Any) -> dict[str, str]:
 
     inner = list(model.state_dict())
     tags = {name: torch.full((1,), float(place)) for place, name in enumerate(inner)}
+    # Of several processes transformers lets the first one save; here each needs the names, in a folder of its own.
+    decides = "should_save_on_this_rank"
+    if hasattr(model, decides):
+        setattr(model, decides, lambda *_, **__: True)
     with tempfile.TemporaryDirectory(prefix="lightning-merge-names-") as folder, quiet_transformers():
         try:
             model.save_pretrained(folder, state_dict=tags, max_shard_size="1000GB")
+            with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as saved:
+                stored = {name: inner[int(saved.get_tensor(name).item())] for name in saved.keys()}  # noqa: SIM118
         except Exception:  # a conversion that needs whole tensors; its files then name themselves as the module does
             return {}
-        with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as saved:
-            stored = {name: inner[int(saved.get_tensor(name).item())] for name in saved.keys()}  # noqa: SIM118
+        finally:
+            model.__dict__.pop(decides, None)
     found: dict[str, str] = {}
     base = f"{model.base_model_prefix}."
     for name, target in stored.items():

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_merge.tensor_view import GRID
+from lightning_merge.tensor_view import CHUNK, GRID
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
 
-# Entries handled at once: on a processor what fits into its cache, on an accelerator what keeps it busy.
-CHUNK_ON_HOST = GRID
-CHUNK_ON_DEVICE = 1 << 24
+# Entries handled at once: on a processor what fits into its cache, on an accelerator what keeps it busy. Short sums in
+# fp32 are also exact ones: at this length the gradient is nearer to fp64 than autograd's; below it calls cost more.
+CHUNK_ON_HOST = GRID // 4
+CHUNK_ON_DEVICE = 1 << 22
 
 
 class Directions(ABC):
@@ -96,15 +97,14 @@ class FileDirections(Directions):
 
     def add_to(self, out: Tensor, values: Tensor) -> None:
         """Add the weighted sum."""
-        for start, stop in chunks(out.numel(), out.device.type):
-            out[start:stop].addmv_(self.read(start, stop).to(out.device, out.dtype).t(), values.to(out.dtype))
+        for start, stop in ranges(out.numel()):
+            TaskDirections(self.read(start, stop)).add_to(out[start:stop], values)
 
     def contract(self, gradient: Tensor) -> Tensor:
         """Return the inner products; sums over pieces are added in fp64."""
         total = torch.zeros(self.count, dtype=torch.float64, device=gradient.device)
-        for start, stop in chunks(gradient.numel(), gradient.device.type):
-            piece = self.read(start, stop).to(gradient.device)
-            total += torch.mv(piece, gradient[start:stop].to(piece.dtype))
+        for start, stop in ranges(gradient.numel()):
+            total += TaskDirections(self.read(start, stop)).contract(gradient[start:stop])
         return total
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -114,6 +114,10 @@ class FileDirections(Directions):
 
 def chunks(numel: int, device: str) -> Iterator[tuple[int, int]]:
     """Yield the ranges in which ``numel`` entries are handled on a kind of device."""
-    size = CHUNK_ON_HOST if device == "cpu" else CHUNK_ON_DEVICE
+    return ranges(numel, CHUNK_ON_HOST if device == "cpu" else CHUNK_ON_DEVICE)
+
+
+def ranges(numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yield ranges of at most ``size`` entries; by default those in which files are read."""
     for start in range(0, numel, size):
         yield start, min(start + size, numel)

@@ -4,14 +4,13 @@ One mechanism works in every trainer: the merged weights are written into the mo
 ordinary forward and backward run under any strategy, and ∂L/∂λ_i = ⟨∂L/∂W, D_i⟩. Substituting weights
 (``functional_call``, ``parametrize``) fails in silence under sharding, gradient checkpointing and tied weights.
 
-This is the only file that knows DTensor: under FSDP2 each process reads, merges and contracts its own shard.
+Under FSDP2 each process reads, merges and contracts its own shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,13 +18,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightning_merge.correspondence import parameter_names
-from lightning_merge.directions import Directions, FileDirections, chunks
+from lightning_merge.directions import Directions
 from lightning_merge.errors import UserError, unknown
+from lightning_merge.merged_pieces import Piece, PieceReader, Storage, statistics
 from lightning_merge.methods.base import Transform
-from lightning_merge.methods.streaming import Chain
+from lightning_merge.shards import distributed, forget_gathered, is_sharded, local_part, share
 from lightning_merge.task_vectors import TaskVectors
 
-Storage = Literal["device", "host", "files"]
 StoredDtype = Literal["float32", "bfloat16"]
 
 
@@ -44,24 +43,6 @@ class Scalars(Protocol):
 
     def decompose(self, tensor: str, deltas: Tensor, rows: slice | None = None) -> Directions:
         """The directions that they multiply."""
-
-
-@dataclass
-class _Piece:
-    """One merged parameter, or this process's shard of it."""
-
-    name: str
-    parameter: nn.Parameter
-    region: tuple[slice, ...]
-    span: slice
-    share: float
-    base: Tensor | None
-    directions: Directions | None
-
-    @property
-    def local(self) -> Tensor:
-        """The numbers that this process holds."""
-        return local_part(self.parameter)
 
 
 class MergedWeights:
@@ -114,18 +95,30 @@ class MergedWeights:
                 "Task vectors that are transformed cannot be read from the models' files again and again. "
                 "Expected storage 'device' or 'host'."
             )
+        _check_scalars(scalars, task_vectors)
         self.module, self.task_vectors, self.scalars = module, task_vectors, scalars
         self.storage, self.keep_base = storage, keep_base
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        shapes = {name: task_vectors.shape(name) for name in task_vectors.tensor_names}
-        self.names = dict(parameter_names(module, shapes, prefix) if names is None else names)
+        follows = statistics(task_vectors)
+        if names is None:
+            shapes = {name: task_vectors.shape(name) for name in [*task_vectors.tensor_names, *follows]}
+            names = parameter_names(module, shapes, prefix)
+        self.names = dict(names)
         # While this is true, hooks leave gradients where they are: several backward passes, contracted once.
         self.keep_gradients = False
         self._handles: list[Any] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._pieces = self._read(list(transforms), seed)
         self._gradient: Tensor | None = None
-        self._load_averaged_buffers()
+        self._reader = PieceReader(task_vectors, scalars, storage, self.dtype, keep_base)
+        with torch.no_grad():
+            self._pieces = self._reader.read(module, self.names, transforms, seed)
+            buffers = dict(module.named_buffers())
+            self._statistics = {name: buffers[self.names[name]] for name in follows if name in self.names}
+            for name, buffer in self._statistics.items():
+                buffer.copy_(task_vectors.unmerged(name))
+        self._sharded = any(is_sharded(piece.parameter) for piece in self._pieces)
+        # A transform may leave nothing of what a model changed; the model itself has it all the same.
+        self._transformed = bool(transforms)
         self.materialise()
 
     # --- writing --------------------------------------------------------------------------------------------------
@@ -139,12 +132,9 @@ class MergedWeights:
         """
         values = (self.scalars() if values is None else values).detach().float()
         for piece in self._pieces:
-            if piece.directions is None:
-                continue
-            mine = values[piece.span].to(piece.local.device)
-            self._write(piece, mine)
-        # Autocast keeps low-precision copies of weights for as long as its context lasts, a test step for example.
-        torch.clear_autocast_cache()
+            if piece.directions is not None:
+                self._write(piece, values[piece.span].to(piece.local.device))
+        self._forget_copies()
 
     @contextmanager
     def individual(self, model: str) -> Iterator[None]:
@@ -154,14 +144,24 @@ class MergedWeights:
         """
         if model not in self.task_vectors:
             raise unknown("model", model, self.task_vectors)
+        pieces = [piece for piece in self._pieces if piece.directions is not None or self._transformed]
+        merged = {name: buffer.clone() for name, buffer in self._statistics.items()}
         try:
             with torch.no_grad():
-                for piece in self._pieces:
-                    if piece.directions is not None:
-                        self._copy(piece, self._read_region(piece.name, piece.region, model))
-            torch.clear_autocast_cache()
+                for piece in pieces:
+                    self._copy(piece, self._reader.part(piece.name, piece.region, model))
+                if model in self.task_vectors.models:
+                    for name, buffer in self._statistics.items():
+                        buffer.copy_(self._reader.whole(name, model).reshape(buffer.shape))
+            self._forget_copies()
             yield
         finally:
+            with torch.no_grad():
+                for piece in pieces:
+                    if piece.directions is None:
+                        self._copy(piece, self._reader.part(piece.name, piece.region))
+                for name, buffer in self._statistics.items():
+                    buffer.copy_(merged[name])
             self.materialise()
 
     # --- gradients ------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ class MergedWeights:
         total = self._gradient
         self._gradient = None
         if total is None:
-            total = torch.zeros_like(self.scalars().detach(), dtype=torch.float64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            total = self._zeros()
+        if distributed():
             torch.distributed.all_reduce(total)
         return total
 
@@ -231,7 +231,7 @@ class MergedWeights:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _hook(self, piece: _Piece) -> Any:
+    def _hook(self, piece: Piece) -> Any:
         def contract_at_once(_: Tensor) -> None:
             if not self.keep_gradients:
                 self._contract(piece)
@@ -239,225 +239,55 @@ class MergedWeights:
         return contract_at_once
 
     @torch.no_grad()
-    def _contract(self, piece: _Piece) -> None:
+    def _contract(self, piece: Piece) -> None:
         gradient = piece.parameter.grad
         assert gradient is not None and piece.directions is not None
-        flat = local_part(gradient).reshape(-1)
-        found = piece.directions.contract(flat) * piece.share
+        flat = local_part(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         if self._gradient is None:
-            size = self.scalars().numel()
-            self._gradient = torch.zeros(size, dtype=torch.float64, device=found.device)
+            self._gradient = self._zeros()
+        found = piece.directions.contract(flat) * share(piece.parameter)
         self._gradient[piece.span] += found.to(self._gradient.device)
         piece.parameter.grad = None
 
-    def _write(self, piece: _Piece, values: Tensor) -> None:
+    def _zeros(self) -> Tensor:
+        """Where contractions come together: on the device of the weights, over which processes are connected."""
+        device = self._pieces[0].local.device if self._pieces else None
+        return torch.zeros(self.scalars().numel(), dtype=torch.float64, device=device)
+
+    def _write(self, piece: Piece, values: Tensor) -> None:
         """Write one piece, in the parameter's own memory where its dtype and layout allow."""
         assert piece.directions is not None
         local = piece.local
         direct = local.is_contiguous() and local.dtype in (torch.float32, torch.float64)
         out = local.view(-1) if direct else torch.empty(local.numel(), dtype=torch.float32, device=local.device)
-        self._copy_base(piece, out)
+        base = piece.base if piece.base is not None else self._reader.part(piece.name, piece.region)
+        out.copy_(base.reshape(-1), non_blocking=True)
         piece.directions.add_to(out, values)
         if not direct:
             local.copy_(out.view(local.shape))
 
-    def _copy_base(self, piece: _Piece, out: Tensor) -> None:
-        base = piece.base if piece.base is not None else self._read_region(piece.name, piece.region)
-        out.copy_(base.reshape(-1), non_blocking=True)
-
-    def _copy(self, piece: _Piece, values: Tensor) -> None:
+    def _copy(self, piece: Piece, values: Tensor) -> None:
         piece.local.copy_(values.reshape(piece.local.shape))
 
-    def _read_region(self, name: str, region: tuple[slice, ...], model: str | None = None) -> Tensor:
-        """Read this process's part of θ₀ or θ_t, flat where whole rows are held."""
-        shape = self.task_vectors.shape(name)
-        start, stop = _flat_range(shape, region)
-        if stop < start:  # a shard along another axis than the first
-            whole = self._values(name, 0, self.task_vectors.info(name).numel, model)
-            return whole.reshape(shape)[region].reshape(-1)
-        return self._values(name, start, stop, model)
-
-    def _values(self, name: str, start: int, stop: int, model: str | None) -> Tensor:
-        if model is None:
-            return self.task_vectors.read_base(name, start, stop)
-        return self.task_vectors.read_finetuned(model, name, start, stop)
-
-    def _read(self, transforms: list[Transform], seed: int) -> list[_Piece]:
-        """Read θ₀ and τ of every tensor, this process's part of it."""
-        named = dict(self.module.named_parameters(remove_duplicate=False))
-        transformed = self._transformed(transforms, seed)
-        pieces: list[_Piece] = []
-        owners: dict[int, str] = {}
-        for name in sorted(self.task_vectors.tensor_names):
-            if self.names[name] not in named:
-                raise UserError(f"'{self.names[name]}' is a buffer, which cannot be merged by a gradient.")
-            parameter = named[self.names[name]]
-            changed = next(transformed) if transforms else None
-            if id(parameter) in owners:
-                self._refuse_untied(name, owners[id(parameter)])
-                continue
-            owners[id(parameter)] = name
-            region = local_region(parameter)
-            local = local_part(parameter)
-            base = self._read_region(name, region)
-            local.copy_(base.reshape(local.shape))
-            directions = self._directions(name, parameter, region, changed)
-            kept: Tensor | None = None
-            if directions is not None and self.keep_base:
-                kept = base.to("cpu" if self.storage == "host" else local.device)
-            span = self.scalars.span(name)
-            pieces.append(_Piece(name, parameter, region, span, _share(parameter), kept, directions))
-        return pieces
-
-    def _transformed(self, transforms: list[Transform], seed: int) -> Iterator[Tensor]:
-        """Yield each tensor's transformed task vectors ``(T, n)``, in the sorted order of names."""
-        if not transforms:
-            return
-        for transform in transforms:
-            transform.check(self.task_vectors)
-        names = sorted(self.task_vectors.tensor_names)
-        steps = Chain(transforms, self.task_vectors, seed).run(names)
-        held: list[Tensor] = []
-        position = 0
-        for name, _, values in steps:
-            while names[position] != name:
-                yield torch.cat(held, dim=1) if held else torch.zeros(len(self.task_vectors), 0)
-                held, position = [], position + 1
-            held.append(values)
-        for _ in names[position:]:
-            yield torch.cat(held, dim=1) if held else torch.zeros(len(self.task_vectors), 0)
-            held = []
-
-    def _directions(
-        self, name: str, parameter: nn.Parameter, region: tuple[slice, ...], transformed: Tensor | None
-    ) -> Directions | None:
-        """Make the directions of one tensor; ``None`` where no model changed it."""
-        start, stop = _flat_range(self.task_vectors.shape(name), region)
-        if self.storage == "files" and start <= stop:
-            read = FileDirections(self.task_vectors, name, start)
-            moved = any(bool(read.read(*at).any()) for at in chunks(stop - start, "cpu"))
-            return read if _anywhere(moved, parameter) else None
-        device = local_part(parameter).device if self.storage == "device" else torch.device("cpu")
-        deltas = self._deltas(name, region, transformed).to(device, self.dtype)
-        if not _anywhere(bool(deltas.any()), parameter):
-            return None
-        return self.scalars.decompose(name, deltas, region[0] if region else None)
-
-    def _deltas(self, name: str, region: tuple[slice, ...], transformed: Tensor | None) -> Tensor:
-        """Return τ of this process's part, ``(T, n)``, or of the whole tensor where the scalars need that."""
-        shape, tasks = self.task_vectors.shape(name), len(self.task_vectors)
-        start, stop = _flat_range(shape, region)
-        whole = self.scalars.needs_whole_tensors
-        if transformed is None and not whole and start <= stop:
-            deltas = torch.empty(tasks, stop - start, dtype=self.dtype)
-            for a, b in chunks(stop - start, "cpu"):
-                deltas[:, a:b] = self.task_vectors.view(name, start + a, start + b).deltas
-            return deltas
-        numel = self.task_vectors.info(name).numel
-        values = self.task_vectors.view(name, 0, numel).deltas if transformed is None else transformed
-        values = values.reshape(tasks, *shape)
-        every_task = (slice(None), *region)
-        return values if whole else values[every_task].reshape(tasks, -1)
-
-    def _refuse_untied(self, name: str, owner: str) -> None:
-        """Two tensors of the files go to one parameter: every model must hold them alike."""
-        for model in [None, *self.task_vectors.names]:
-            numel = self.task_vectors.info(name).numel
-            if not torch.equal(self._values(name, 0, numel, model), self._values(owner, 0, numel, model)):
-                raise UserError(
-                    f"The tensors '{owner}' and '{name}' are one tied parameter in {type(self.module).__name__}, but "
-                    f"differ in {'the base' if model is None else repr(model)}. Expected the same weights in both."
-                )
-
-    @torch.no_grad()
-    def _load_averaged_buffers(self) -> None:
-        """BatchNorm statistics take no part in λ: they are averaged over the models, or the base's."""
-        buffers = dict(self.module.named_buffers())
-        averaged = {n: self.task_vectors.shape(n) for n in self.task_vectors.averaged_names}
-        if not averaged:
-            return
-        for name, target in parameter_names(self.module, averaged).items():
-            if target in buffers:
-                buffers[target].copy_(self.task_vectors.unmerged(name))
+    def _forget_copies(self) -> None:
+        """Drop what others have made of the weights as they were."""
+        # Autocast keeps low-precision copies of weights for as long as its context lasts, a test step for example.
+        torch.clear_autocast_cache()
+        if self._sharded:
+            forget_gathered(self.module)
 
 
-# --- shards -------------------------------------------------------------------------------------------------------
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes (DTensor)."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor that this process holds, sharing memory, without gradient."""
-    if is_sharded(tensor):
-        return tensor._local_tensor.detach()  # type: ignore[attr-defined] # to_local() would record a gradient
-    return tensor.detach()
-
-
-def local_region(tensor: Tensor) -> tuple[slice, ...]:
-    """Return which part of the whole tensor this process holds, one slice an axis.
-
-    Axes are cut as ``torch.chunk`` cuts them, once for each dimension of the mesh, as DTensor's ``Shard`` does.
-
-    Raises:
-        UserError: A placement that is neither ``Shard`` nor ``Replicate``.
-    """
-    bounds = [(0, size) for size in tensor.shape]
-    if is_sharded(tensor):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        coordinate = mesh.get_coordinate()
-        for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_replicate():
-                continue
-            if type(placement).__name__ != "Shard":
-                raise UserError(
-                    f"A parameter is laid out as {placement} over processes, which learned merges do not support. "
-                    "Expected fully_shard over the data-parallel processes (tensor_parallel_size=1)."
-                )
-            start, stop = bounds[placement.dim]
-            step = -(-(stop - start) // mesh.size(axis))
-            first = min(start + coordinate[axis] * step, stop)
-            bounds[placement.dim] = (first, min(first + step, stop))
-    return tuple(slice(start, stop) for start, stop in bounds)
-
-
-def _share(parameter: Tensor) -> float:
-    """What a process's contraction counts in the sum over all processes.
-
-    Shards add up; what several processes hold alike is averaged, gradients of their own data among it.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1.0
-    world = torch.distributed.get_world_size()
-    if not is_sharded(parameter):
-        return 1.0 / world
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    placements = parameter.placements  # type: ignore[attr-defined]
-    parts = 1
-    for axis, placement in enumerate(placements):
-        parts *= 1 if placement.is_replicate() else mesh.size(axis)
-    return parts / world
-
-
-def _anywhere(here: bool, parameter: Tensor) -> bool:
-    """Whether something holds in any process's shard: what is trained must be so in all of them."""
-    if not is_sharded(parameter):
-        return here
-    flag = torch.tensor(float(here), device=local_part(parameter).device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
-
-
-def _flat_range(shape: Sequence[int], region: Sequence[slice]) -> tuple[int, int]:
-    """Return the flat range of a region of whole rows; an empty range the wrong way round where it is none."""
-    whole = all(part == slice(0, size) for part, size in zip(region[1:], shape[1:], strict=True))
-    if not whole:
-        return 0, -1
-    if not shape:
-        return 0, 1
-    row = 1
-    for size in shape[1:]:
-        row *= size
-    return region[0].start * row, region[0].stop * row
+def _check_scalars(scalars: Scalars, task_vectors: TaskVectors) -> None:
+    """Scalars stand in the order of the models; another order would pair them wrongly in silence."""
+    if tuple(scalars.models) != tuple(task_vectors.names):
+        raise UserError(
+            f"The coefficients are of the models {', '.join(scalars.models)}, the task vectors of "
+            f"{', '.join(task_vectors.names)}. Expected Coefficients(task_vectors.names, ...)."
+        )
+    known = set(scalars.tensor_names)
+    missing = [name for name in task_vectors.tensor_names if name not in known]
+    if missing:
+        raise UserError(
+            f"The coefficients have none for the tensor '{missing[0]}' ({len(missing)} such). "
+            "Expected Coefficients(..., task_vectors.tensor_names)."
+        )
