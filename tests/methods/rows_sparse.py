@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from contract import SEED, SHAPES, Arrays, Row
 
-from lightning_merge.methods import Breadcrumbs, Dare, Della, Sce, TaskArithmetic, Ties
+from lightning_merge.methods import Breadcrumbs, Dare, Della, ElectSign, Sce, TaskArithmetic, Ties
 from lightning_merge.methods.random import keep_mask, uniform
 
 NAMES = sorted(SHAPES)
@@ -94,6 +94,31 @@ def ties_by_model(density: Mapping[str, float]) -> Callable:
         return (stack * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
 
     return merged_tensors(change)
+
+
+def agreeing(density: Setting, scope: str = "model", elect: bool = True) -> Callable:
+    """TIES' trim and election, each task's own entries kept; of them 0.3 times the sum."""
+
+    def kept(values: np.ndarray, count: int) -> np.ndarray:
+        return largest(values, 0, max(1, count))
+
+    def reference(base: Arrays, models: dict[str, Arrays]) -> Arrays:
+        parts = [NAMES] if scope == "model" else [[name] for name in NAMES]
+        merged: Arrays = {}
+        for names in parts:
+            whole = {t: np.concatenate([(models[t][n] - base[n]).ravel() for n in names]) for t in models}
+            stack = np.stack([kept(tau, written(of(density, t), tau.size)) for t, tau in whole.items()])
+            if elect:
+                total = stack.sum(0)
+                sign = np.where(total == 0, np.sign(np.sign(total).sum()), np.sign(total))
+                stack = np.where(np.sign(stack) == sign, stack, 0)
+            change = 0.3 * stack.sum(0)
+            for name in names:
+                here, change = change[: base[name].size], change[base[name].size :]
+                merged[name] = base[name] + here.reshape(base[name].shape)
+        return merged
+
+    return reference
 
 
 def dare(rate: Setting, mergekit: bool) -> Callable:
@@ -200,6 +225,12 @@ ROWS = [
     row(Ties, mergekit_ties(0.5, 0.5, rescale=True), "mergekit-rescale",
         {"density": 0.5, "weights": 0.5, "rescale": True, **THEIRS}, tolerance=3),
     row(Ties, mergekit_ties(1.0, WEIGHTS), "mergekit-election", {"density": 1.0, "weights": WEIGHTS, **THEIRS}),
+    row(ElectSign, agreeing(0.2), "", {}, alone={"density": 1.0}, neutral={"density": 1.0, "elect": False}),
+    row(ElectSign, agreeing(MIXED, "tensor"), "by-model", {"density": MIXED, "scope": "tensor"},
+        alone={"density": 1.0, "scope": "tensor"}, neutral={"density": 1.0, "scope": "tensor", "elect": False}),
+    row(ElectSign, agreeing(1.0), "untrimmed", {"density": 1.0}, neutral={"density": 1.0, "elect": False}),
+    row(ElectSign, agreeing(0.4, elect=False), "trim", {"density": 0.4, "elect": False},
+        neutral={"density": 1.0, "elect": False}),
     row(Dare, dare({"a": 0.9, "b": 0.0, "c": 0.5}, False), "by-model", {"drop_rate": {"a": 0.9, "b": 0.0, "c": 0.5}},
         random=True, neutral={"drop_rate": 0.0}),
     row(Dare, dare(0.6, True), "mergekit", {"drop_rate": 0.6, **THEIRS}, random=True,
