@@ -131,9 +131,10 @@ class MergedWeights:
             values: All scalars, flat; by default what the learned ones are now.
         """
         values = (self.scalars() if values is None else values).detach().float()
-        for piece in self._pieces:
-            if piece.directions is not None:
-                self._write(piece, values[piece.span].to(piece.local.device))
+        with self._full_precision():
+            for piece in self._pieces:
+                if piece.directions is not None:
+                    self._write(piece, values[piece.span].to(piece.local.device))
         self._forget_copies()
 
     @contextmanager
@@ -245,14 +246,22 @@ class MergedWeights:
         flat = local_part(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         if self._gradient is None:
             self._gradient = self._zeros()
-        found = piece.directions.contract(flat) * share(piece.parameter)
+        with self._full_precision():
+            found = piece.directions.contract(flat) * share(piece.parameter)
         self._gradient[piece.span] += found.to(self._gradient.device)
         piece.parameter.grad = None
 
     def _zeros(self) -> Tensor:
         """Where contractions come together: on the device of the weights, over which processes are connected."""
-        device = self._pieces[0].local.device if self._pieces else None
-        return torch.zeros(self.scalars().numel(), dtype=torch.float64, device=device)
+        return torch.zeros(self.scalars().numel(), dtype=torch.float64, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._pieces[0].local.device if self._pieces else torch.device("cpu")
+
+    def _full_precision(self) -> torch.autocast:
+        """Products of weights are never autocast's, wherever an individual model is asked or a backward pass runs."""
+        return torch.autocast(self._device.type, enabled=False)
 
     def _write(self, piece: Piece, values: Tensor) -> None:
         """Write one piece, in the parameter's own memory where its dtype and layout allow."""

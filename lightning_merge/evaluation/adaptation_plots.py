@@ -20,11 +20,11 @@ Table = Mapping[str, Mapping[str, float]]
 # What panels are called, in this order; what is not listed comes first, by name: the terms that are minimised.
 TITLES = {
     "entropy": "entropy (nats)",
-    "overlap": "overlap with the individual models",
-    "agreement": "agreement with the individual models",
-    "agreement_with_start": "agreement with the starting merge",
+    "overlap": "overlap with individual models",
+    "agreement": "agreement with individual models",
+    "agreement_with_start": "agreement with the start",
     "diversity": "diversity of predicted classes",
-    "drift": "drift of the coefficients (RMS)",
+    "drift": "drift of coefficients (RMS)",
 }
 BOUNDED = ("overlap", "agreement", "agreement_with_start", "diversity")
 # Groups up to which a heat map has a row for each, and up to which each row has its label.
@@ -83,7 +83,7 @@ def plot_trace(
                 if not task or len(tasks) <= 2 * len(PALETTE):
                     handles.setdefault(task, line)
             _mark(axes, best_step, stopped_step)
-            axes.set_title(TITLES.get(quantity, quantity.replace("_", " ")), loc="left")
+            axes.set_title(TITLES.get(quantity, quantity.replace("_", " ")), loc="left", fontsize=9)
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
             if quantity in BOUNDED:
                 low = min(p.value for points in series.values() for p in points)

@@ -109,6 +109,15 @@ def fine_tuned() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     return start, models
 
 
+class Watch(L.Callback):
+    """Notes what the strategy has made of the module while it trains."""
+
+    kind = ""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.kind = type(trainer.strategy.model).__name__
+
+
 def strategy_of(name: str) -> Any:
     if name != "fsdp2":
         return name
@@ -143,6 +152,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         use_distributed_sampler=False,
         callbacks=[
             callback,
+            watch := Watch(),
             L.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1, monitor=None),
         ],
         logger=False,
@@ -166,6 +176,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "learned": callback.learned(),
         "state_dict": {name: value.detach().clone() for name, value in state.items()},
         "last": callback.last,
+        "trained": watch.kind,
         "left_over": [name for name in vars(module) if name in ("training_step", "configure_optimizers")],
         "flags": [parameter.requires_grad for parameter in module.parameters()],
         "hooks": sum(len(p._post_accumulate_grad_hooks or ()) for p in module.parameters()),

@@ -121,7 +121,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Merging(AdaMerging):
-    """AdaMerging with a logged restore, and without individual models if so chosen."""
+    """AdaMerging, without the individual models of some tasks if so chosen."""
 
     without: tuple[str, ...] = ()
 
@@ -174,7 +174,7 @@ def test_a_collapse_is_stopped_and_rolled_back(models: dict[str, Path]) -> None:
 
 
 def test_a_slow_collapse_ends_at_its_best_state(models: dict[str, Path]) -> None:
-    """Entropy falls throughout; accuracy rises first. The state that is kept is near the best, chosen without labels."""
+    """Entropy falls throughout; accuracy rises first. The state that is kept is near the best one."""
     alone, _ = adapt(models, None, learning_rate=0.01)
     guard = CollapseGuard(every_n_steps=5)
     guarded, _ = adapt(models, guard, learning_rate=0.01)
@@ -283,7 +283,7 @@ def test_without_individual_models_it_says_so_and_sees_few_classes(
     assert "The model of 'inverted' is gone" in caplog.text
     assert guard.stopped_step is not None and accuracy(module) >= starting_accuracy(models) - 0.05
     healthy = CollapseGuard()
-    _, learned = adapt(models, healthy, 1e-3, without=DOMAINS)
+    adapt(models, healthy, 1e-3, without=DOMAINS)
     assert not healthy.rolled_back
     one = CollapseGuard()
     adapt(models, one, 1e-3, epochs=1, limit_train_batches=10, without=("mirrored",))

@@ -51,8 +51,9 @@ def test_everything_is_undone_when_the_users_code_fails(
         used.fit(module, datamodule=Streams())
     assert marks(module) == before
     setattr(Fails, hook, own)
-    losses = supervise(tmp_path, module)
-    assert losses[-1] < 2.5 and all(map(torch.isfinite, module.parameters().__next__().flatten()))
+    embed = module.embed.weight.detach().clone()
+    losses = supervise(tmp_path, module, limit_train_batches=3)
+    assert max(losses) < 4 and not torch.equal(embed, module.embed.weight)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

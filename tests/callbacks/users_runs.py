@@ -168,7 +168,7 @@ def adapt(
     }
 
 
-def supervise(folder: Path, module: L.LightningModule, on: str = "auto") -> list[float]:
+def supervise(folder: Path, module: L.LightningModule, on: str = "auto", **options: Any) -> list[float]:
     """Train the adapted module on labels with the user's own step and optimizer; returns the losses."""
     losses: list[float] = []
 
@@ -176,7 +176,7 @@ def supervise(folder: Path, module: L.LightningModule, on: str = "auto") -> list
         def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].item())
 
-    used = users_code.trainer(folder, max_epochs=1, callbacks=[Losses()], **strategy(on))
+    used = users_code.trainer(folder, max_epochs=1, callbacks=[Losses()], **strategy(on), **options)
     used.fit(module, datamodule=users_code.Digits(users_code.VIEWS))
     return losses
 

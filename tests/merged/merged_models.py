@@ -225,3 +225,52 @@ def plain_case(folder: Path, module: nn.Module, batches: list[dict[str, Tensor]]
         models[name] = folder / f"{name}.safetensors"
         save_safetensors({n: v.clone() for n, v in nudge(module, seed).state_dict().items()}, models[name])
     return Case(module, batches, loss, folder / "base.safetensors", models)
+
+
+# --- a small module of one's own ---------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Three layers, of which two share a weight, and batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+        self.norm, self.out = nn.BatchNorm1d(12), nn.Linear(12, 4)
+        self.register_buffer("order", torch.arange(12).flip(0))
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.second(torch.relu(self.first(x[:, self.order]))))
+        return type("Answer", (), {"logits": self.out(self.norm(hidden))})
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Network().eval()
+        module.norm.running_mean.normal_()
+        module.norm.running_var.uniform_(0.5, 2.0)
+    return module
+
+
+def rows(seed: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))}
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def with_scalars(task_vectors: TaskVectors) -> tuple[TaskVectors, Coefficients]:
+    return task_vectors, Coefficients(task_vectors.names, task_vectors.tensor_names)

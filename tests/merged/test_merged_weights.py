@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,14 @@ from merged_models import (
     entropy_of_logits,
     error,
     make_case,
+    network,
     nudge,
     plain_case,
+    rows,
+    same,
+    state,
+    stored,
+    with_scalars,
 )
 from torch import Tensor, nn
 
@@ -29,34 +34,6 @@ from lightning_merge.methods import Breadcrumbs, Dare, LwPTV, TaskArithmetic
 from lightning_merge.weights import save_safetensors
 
 
-class Network(nn.Module):
-    """Three layers, of which two share a weight, and batch norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
-        self.second.weight = self.first.weight
-        self.norm, self.out = nn.BatchNorm1d(12), nn.Linear(12, 4)
-        self.register_buffer("order", torch.arange(12).flip(0))
-
-    def forward(self, x: Tensor) -> Any:
-        hidden = torch.relu(self.second(torch.relu(self.first(x[:, self.order]))))
-        return type("Answer", (), {"logits": self.out(self.norm(hidden))})
-
-
-def network(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = Network().eval()
-        module.norm.running_mean.normal_()
-        module.norm.running_var.uniform_(0.5, 2.0)
-    return module
-
-
-def rows(seed: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))}
-
-
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     return plain_case(tmp_path, network(), [rows(1), rows(2)], entropy_of_logits)
@@ -65,20 +42,6 @@ def case(tmp_path: Path) -> Case:
 @pytest.fixture
 def vit(tmp_path: Path) -> Case:
     return make_case("vit", tmp_path)
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stored(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -167,15 +130,11 @@ def test_statistics_of_batch_norm_are_averaged_and_counters_left(case: Case) -> 
         save_safetensors(state(module), path)
     case.merged()
     assert torch.equal(case.module.norm.running_mean, torch.ones(12))
-    merged = MergedWeights(case.module, *_with_scalars(case.task_vectors(batch_norm="base")))
+    merged = MergedWeights(case.module, *with_scalars(case.task_vectors(batch_norm="base")))
     assert torch.equal(case.module.norm.running_mean, stored(case.base)["norm.running_mean"])
     with merged.individual("sun"):
         assert torch.equal(case.module.norm.running_mean, torch.full((12,), 2.0))
     assert torch.equal(case.module.norm.running_mean, stored(case.base)["norm.running_mean"])
-
-
-def _with_scalars(task_vectors: TaskVectors) -> tuple[TaskVectors, Coefficients]:
-    return task_vectors, Coefficients(task_vectors.names, task_vectors.tensor_names)
 
 
 # --- where it is kept ---------------------------------------------------------------------------------------------
@@ -210,7 +169,7 @@ def test_bytes_are_linear_in_the_number_of_models(case: Case) -> None:
     for count in (1, 2, 3):
         names = list(case.models)[:count]
         task_vectors = TaskVectors.open(case.base, {name: case.models[name] for name in names})
-        merged = MergedWeights(network(), *_with_scalars(task_vectors))
+        merged = MergedWeights(network(), *with_scalars(task_vectors))
         found.append((merged.nbytes["task_vectors"], merged.nbytes["base"]))
     entries = sum(parameter.numel() for parameter in case.module.parameters())  # what is tied counts once
     assert found == [(4 * entries * count, 4 * entries) for count in (1, 2, 3)]
@@ -244,7 +203,7 @@ def test_settings_that_cannot_be(case: Case, options: dict[str, Any], message: s
 def test_a_base_is_needed(case: Case) -> None:
     task_vectors = TaskVectors.open(None, case.models)
     with pytest.raises(UserError, match="move from a base"):
-        MergedWeights(case.module, *_with_scalars(task_vectors))
+        MergedWeights(case.module, *with_scalars(task_vectors))
 
 
 # --- tied, frozen, unused, unchanged ------------------------------------------------------------------------------
@@ -371,83 +330,3 @@ def test_sparse_gradients(tmp_path: Path) -> None:
     found = contracted_gradient(case, merged)
     case.module.words.sparse = False  # the reference's substituted weights are no leaves
     assert error(found, autograd_gradient(case, merged, merged.scalars())) < 1e-5
-
-
-# --- individual models --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"storage": "files", "keep_base": False}])
-def test_individual_model_is_the_stored_one_and_the_merge_comes_back(case: Case, options: dict[str, Any]) -> None:
-    merged = case.merged(**options)
-    before = state(case.module)
-    for model in MODELS:
-        with merged.individual(model):
-            inside, expected = state(case.module), stored(case.models[model])
-            for name, value in expected.items():
-                assert torch.equal(inside[name], value), name
-        assert same(state(case.module), before)
-
-
-def test_the_merge_comes_back_after_an_exception(case: Case) -> None:
-    merged = case.merged()
-    before = state(case.module)
-    with pytest.raises(KeyboardInterrupt), merged.individual("sun"):
-        raise KeyboardInterrupt
-    assert same(state(case.module), before)
-    with pytest.raises(UserError, match=r"Unknown model 'sum'.*'sun'"), merged.individual("sum"):
-        pass
-    assert same(state(case.module), before)
-
-
-def test_individual_models_of_algebra(case: Case) -> None:
-    task_vectors = case.task_vectors()
-    both = TaskVectors.of(task_vectors, {"both": task_vectors["cars"] + task_vectors["sun"]})
-    merged = MergedWeights(case.module, *_with_scalars(both))
-    with merged.individual("both"):
-        parts = [stored(path)["out.weight"] for path in (case.models["cars"], case.models["sun"], case.base)]
-        torch.testing.assert_close(case.module.out.weight.detach(), parts[0] + parts[1] - parts[2])
-
-
-# --- autocast -----------------------------------------------------------------------------------------------------
-
-
-def test_new_weights_are_seen_inside_one_autocast_context(case: Case) -> None:
-    """Autocast remembers its bf16 copies of weights that take gradients until the outermost context ends."""
-    merged = case.merged(initial=0.0)
-    merged.attach()
-    x = case.batches[0]["x"]
-    ones = torch.ones_like(merged.scalars().detach())
-    with torch.autocast("cpu", torch.bfloat16):
-        base = case.module(x).logits
-        merged.materialise(ones)
-        moved = case.module(x).logits
-        with merged.individual("sun"):
-            individual = case.module(x).logits
-        back = case.module(x).logits
-    assert not torch.allclose(base, moved)
-    assert not torch.allclose(moved, individual)
-    assert torch.equal(back, base)  # λ was 0 all the time
-
-
-def test_writing_between_forward_and_backward_is_an_error(case: Case) -> None:
-    """Never a gradient of other weights than those of the forward pass."""
-    merged = case.merged()
-    merged.attach()
-    loss = entropy_of_logits(case.module, case.batches[0])
-    merged.materialise()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_bf16_module_learns_from_bf16_gradients(tmp_path: Path) -> None:
-    """A module whose parameters are bf16: W and ∂L/∂W are rounded to 8 bits, so the gradient agrees to about 1 %."""
-    case = make_case("vit", tmp_path)
-    exact = case.merged()
-    expected = autograd_gradient(case, exact, exact.scalars())
-    half = copy.deepcopy(case.module).bfloat16()
-    merged = case.merged(half)
-    for batch in case.batches:
-        batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    found = contracted_gradient(case, merged, half)
-    assert found.dtype == torch.float64
-    assert error(found, expected) < 0.05
