@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "run": "fine-tune, merge, evaluate and report, from one YAML; resumes where it stopped",
-    "fit": "fine-tune one model with Lightning (likewise validate, test, predict)",
+    "fit": "fine-tune one model, or learn a merge of a run, with Lightning (likewise validate, test, predict)",
     "validate": "",
     "test": "",
     "predict": "",

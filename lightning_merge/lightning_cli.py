@@ -1,19 +1,24 @@
 """The verbs ``fit``, ``validate``, ``test`` and ``predict``: Lightning's own command line with this package's classes.
 
-``FineTune``, ``ExportFineTuned`` and the datamodules of ``lightning_merge.data`` go by their short names, classes of
-the user by their import paths (``--model my_package.MyModule``).
+``FineTune``, ``AdaptiveMerge``, ``ExportFineTuned`` and the datamodules of ``lightning_merge.data`` go by their short
+names, classes of the user by their import paths (``--model my_package.MyModule``). ``--run runs/x`` takes models, heads
+and data from a finished run.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -21,15 +26,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_merge.data
 import lightning_merge.modules  # noqa: F401
 from lightning_merge.errors import UserError
+from lightning_merge.methods import MergeMethod
+from lightning_merge.objectives import Objective
 from lightning_merge.parsing import keep_yaml_keys_as_text, refusal
+from lightning_merge.run_folder import run_options, run_parts
 
 VERBS = {
-    "fit": "Fine-tune one model on one task.",
+    "fit": "Fine-tune one model on one task, or learn a merge on an unlabeled stream (--run FOLDER).",
     "validate": "Score a model on validation rows.",
     "test": "Score a model on test rows.",
     "predict": "Give class probabilities for the rows of the test set.",
 }
 SEED = 0
+# Where --run fills in what a run knows.
+STREAMS, MODEL = "TaskStreams", "AdaptiveMerge"
 
 
 class KeepConfig(SaveConfigCallback):
@@ -62,7 +72,9 @@ class MergeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Take ``FineTune`` where no model class is named, so that ``--model.base`` is enough."""
-        parser.set_defaults({"model": {"class_path": "lightning_merge.modules.FineTune"}})
+        # Not otherwise: another class would get FineTune's defaults for the settings that have the same name.
+        if not _names(sys.argv[1:], "model"):
+            parser.set_defaults({"model": {"class_path": "lightning_merge.modules.FineTune"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; what is refused is told in one sentence."""
@@ -106,18 +118,76 @@ def main(arguments: Sequence[str]) -> int:
         UserError: An option, class or task that is not known, or data that cannot be used.
     """
     keep_yaml_keys_as_text()
+    set_parsing_settings(subclasses_enabled=[MergeMethod, Objective])
     try:
-        with _command_line(arguments), warnings.catch_warnings():
+        with _command_line(with_run(arguments)), warnings.catch_warnings():
             # FineTune tokenizes itself on purpose, and small loaders need no workers.
             warnings.filterwarnings("ignore", ".*on_before_batch_transfer.*")
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+            # A merge is learned in evaluation mode, on streams that are tasks and not one data set.
+            warnings.filterwarnings("ignore", ".*module.s. in eval mode.*")
             MergeCLI()
     except ArgumentError as error:
         raise refusal(error) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def with_run(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which ``--run FOLDER`` has become what the run knows: its models, heads and data.
+
+    Options that are given besides have precedence, wherever they stand; configurations have not.
+
+    Args:
+        arguments: The verb and its options.
+
+    Raises:
+        UserError: The folder is no run, is not finished, or is given twice or not at all.
+    """
+    rest, folders, configs = [], [], []
+    given = iter(arguments)
+    for argument in given:
+        name, sign, value = argument.partition("=")
+        if name == "--run":
+            folders.append(value if sign else next(given, ""))
+        elif name in ("--config", "-c"):
+            configs += [argument] if sign else [argument, next(given, "")]
+        else:
+            rest.append(argument)
+    if not folders:
+        return list(arguments)
+    if len(folders) > 1 or not folders[0] or folders[0].startswith("--"):
+        raise UserError(f"--run is given as {', '.join(folders) or 'nothing'}. Expected one folder of a finished run.")
+    run_parts(folders[0])
+    filled = [] if _names(arguments, "model") else ["--model", MODEL]
+    filled += ["--model.run", folders[0]]
+    if not _names(rest, "data"):
+        filled += [] if _names(configs, "data") else ["--data", STREAMS]
+        filled += ["--data.data", json.dumps(run_options(Path(folders[0]))["data"])]
+    return [*rest[:1], *configs, *filled, *rest[1:]]
+
+
+def _names(arguments: Sequence[str], part: str) -> bool:
+    """Whether arguments, or configurations among them, name the class of the model or of the data."""
+    options = (f"--{part}", f"--{part}.class_path")
+    for position, argument in enumerate(arguments):
+        name, sign, value = argument.partition("=")
+        if name in options:
+            return True
+        if name in ("--config", "-c"):
+            text = value if sign else next(iter(arguments[position + 1 : position + 2]), "")
+            try:
+                path = Path(text)
+                content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else text)
+            except (OSError, ValueError, yaml.YAMLError):
+                continue  # the parser says what is wrong with it
+            inside = content.get(arguments[0], content) if isinstance(content, dict) else {}
+            named = inside.get(part) if isinstance(inside, dict) else None
+            if isinstance(named, str) or (isinstance(named, dict) and "class_path" in named):
+                return True
+    return False
 
 
 @contextmanager

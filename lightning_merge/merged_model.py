@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError, unknown
+from lightning_merge.modules.corrected import CorrectedEncoder
+from lightning_merge.modules.correctors import FILE, Correctors
 from lightning_merge.modules.encoder import Encoder
 from lightning_merge.modules.heads import ClassEmbeddingHead, HeadInfo, LinearHead, load_head
 
@@ -45,12 +47,17 @@ class Prediction:
 class MergedModel(nn.Module):
     """One encoder with the heads of several tasks.
 
-    Calling it needs raw inputs and a task: ``model(["what is a comet ?"], task="trec").labels``.
+    Calling it needs raw inputs and a task: ``model(["what is a comet ?"], task="trec").labels``. With correctors
+    (Representation Surgery) the encoder's features are those of the task that is named, which then cannot be left out.
 
     Args:
         encoders: for each task the encoder that pools as the task's head was trained; all share one backbone.
         heads: for each task its head and what is known of it.
         default: the encoder for features that no task is named for.
+        correctors: what corrects the features for each task, if anything does.
+
+    Raises:
+        UserError: the correctors were trained with another encoder.
     """
 
     def __init__(
@@ -58,9 +65,15 @@ class MergedModel(nn.Module):
         default: Encoder,
         encoders: dict[str, Encoder],
         heads: dict[str, tuple[ClassEmbeddingHead | LinearHead, HeadInfo]],
+        correctors: Correctors | None = None,
     ) -> None:
         super().__init__()
         self.encoder = default
+        self.correctors = correctors
+        self._corrected: dict[str, CorrectedEncoder] = {}
+        if correctors is not None:
+            # A task without a head may have correctors too: its features can be asked for.
+            self._corrected = {t: CorrectedEncoder(encoders.get(t, default), correctors, t) for t in correctors.tasks}
         # a plain dict: task names may hold dots, and the encoders share one backbone that must not be counted twice
         self._encoders = encoders
         self._positions = {task: position for position, task in enumerate(heads)}
@@ -96,12 +109,15 @@ class MergedModel(nn.Module):
 
         Args:
             inputs: as for calling the model.
-            task: whose pooling to use; by default the encoder's own.
+            task: whose pooling (and correctors) to use; by default the encoder's own.
             batch_size: inputs computed at once.
+
+        Raises:
+            UserError: the model has correctors, and no task is named, or one without a corrector.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-        encoder = self.encoder if task is None else self._encoders[self._task(task)]
+        encoder = self._encoder(task)
         rows = _as_batch(inputs)
         if len(rows) == 0:
             raise UserError("The list of inputs is empty. Accepted: one input or more.")
@@ -128,6 +144,30 @@ class MergedModel(nn.Module):
             self.train(was_training)
         return result
 
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers that are stored: of the encoder and of the correctors of all tasks; heads are not counted."""
+        correctors = 0 if self.correctors is None else self.correctors.size()
+        return sum(p.numel() for p in self.encoder.parameters()) + correctors
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers that take part in one answer: of the encoder and of one task's correctors; heads are not counted."""
+        correctors = self.correctors
+        largest = max(map(correctors.size, correctors.tasks)) if correctors is not None else 0
+        return sum(p.numel() for p in self.encoder.parameters()) + largest
+
+    def _encoder(self, task: str | None) -> Encoder | CorrectedEncoder:
+        """Choose the encoder that answers for a task, with its correctors where the model has some."""
+        if self.correctors is None:
+            return self.encoder if task is None else self._encoders[self._task(task)]
+        if task is None:
+            known = ", ".join(sorted(self._corrected))
+            raise UserError(f"This model's features are corrected for a task; name one. Known: {known}.")
+        if task not in self._corrected:
+            raise unknown("task of a corrector", task, self._corrected)
+        return self._corrected[task]
+
     def _task(self, task: str | None) -> str:
         """Check a task's name, or take the only one."""
         if not self.info:
@@ -150,6 +190,8 @@ def load(
     folder: str | os.PathLike[str], heads: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu"
 ) -> MergedModel:
     """Load a merged (or fine-tuned, or base) model folder with its heads, ready to answer.
+
+    Where ``surgery.safetensors`` stands beside the weights, each task is answered with its own correctors.
 
     Args:
         folder: a Hugging Face folder with ``heads/<task>.safetensors`` in it, such as ``runs/x/merged/ties``.
@@ -183,7 +225,8 @@ def load(
                 f"Head file '{file}' takes {info.dim} features, the model in '{source}' gives "
                 f"{encoders[info.task].dim}."
             )
-    model = MergedModel(default, encoders, {info.task: (head, info) for _, head, info in loaded})
+    correctors = Correctors.load(source / FILE) if (source / FILE).is_file() else None
+    model = MergedModel(default, encoders, {info.task: (head, info) for _, head, info in loaded}, correctors)
     return model.to(device).eval().requires_grad_(False)
 
 

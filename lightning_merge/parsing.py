@@ -54,10 +54,11 @@ def make_parser(verb: str, description: str | None) -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from lightning_merge.methods import MergeMethod, available_methods
+    from lightning_merge.objectives import Objective
 
     available_methods()
     keep_yaml_keys_as_text()
-    set_parsing_settings(subclasses_enabled=[MergeMethod])
+    set_parsing_settings(subclasses_enabled=[MergeMethod, Objective])
     return ArgumentParser(prog=f"lightning-merge {verb}", description=description, exit_on_error=False)
 
 
@@ -116,6 +117,11 @@ def _explain(message: str, options: Sequence[str]) -> str:
     )
     if path and re.search(r'Parser key "[\w.]*(method|transforms)', message):
         return str(unknown("method", path.group(1), known))
+    if path and re.search(r'Parser key "[\w.]*objectives', message):
+        from lightning_merge import objectives
+
+        kinds = [kind.__name__ for kind in objectives.Objective.__subclasses__()]
+        return str(unknown("objective", path.group(1), kinds))
     rooms = _classes()
     key = re.search(r'Parser key "(?:[\w.]*\.)?(data|model|callbacks)(?:\.\d+)?"', message)
     if path and key:

@@ -1,4 +1,4 @@
-"""The stages of ``run``: base, fine-tuning, merging, evaluation, report; each skipped while its inputs stay the same.
+"""The stages of ``run``: base, fine-tuning, merging, adapting, evaluation, report; each skipped while its inputs stay.
 
 A stage is known by the hash of everything that goes into it. Its record in ``.stages/`` is written when it is done, so
 that an interrupted run goes on where it stopped, and a failed merge costs the others nothing.
@@ -6,7 +6,6 @@ that an interrupted run goes on where it stopped, and a failed merge costs the o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from lightning_merge.adapting import adapt, model_sha256, trace_plots
 from lightning_merge.data import TaskData
 from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts, Results, Score, show, task_vector_statistics
@@ -30,7 +30,7 @@ from lightning_merge.stages import Stages, is_follower, refuse_launchers, say, t
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import WeightSource, open_weights, peak_memory_bytes, sha256_of_source
 from lightning_merge.weights.card import with_results
-from lightning_merge.weights.folder import companions_sha256, copy_model, write_text
+from lightning_merge.weights.folder import copy_model, write_text
 
 SELECTED_ON_VALIDATION = "validation labels"
 
@@ -45,7 +45,7 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
         overwrite: Do every stage again.
 
     Returns:
-        0, or 1 where a merge failed and the others were done.
+        0, or 1 where a merge or an adaptation failed and the others were done.
 
     Raises:
         UserError: The settings do not fit, or the folder holds something else.
@@ -60,6 +60,9 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
     # Whatever can be refused is refused before anything is written: all data is read and checked, the base opened.
     for task in settings.data.task_names if settings.pretrain is None else ["pretrain", *settings.data.task_names]:
         settings.data.get(task)
+    for spec in settings.adapt:
+        for task in settings.data.task_names:
+            spec.streams(settings.data, settings.seed).stream(task)
     source = _given_base(settings)
     if not is_follower():
         output.mkdir(parents=True, exist_ok=True)
@@ -70,12 +73,15 @@ def run(settings: RunSettings, output: Path, resolved: str, overwrite: bool = Fa
         _base(settings, source, output, stages)
     if is_follower() and not stages.waiting:
         return 0
-    base_sha256 = _model_sha256(output / "base")
+    base_sha256 = model_sha256(output / "base")
     with training():
         tuned = _fine_tune_all(settings, output, stages, base_sha256)
+    if is_follower() and not stages.waiting:
+        return 0
+    facts = [] if is_follower() else [_merge(settings, s, output, stages, base_sha256, tuned) for s in settings.merges]
+    facts += [adapt(settings, spec, output, stages) for spec in settings.adapt]
     if is_follower():
         return 0
-    facts = [_merge(settings, spec, output, stages, base_sha256, tuned) for spec in settings.merges]
     results = Results(settings.data.task_names)
     for model in _models(settings, output, tuned, facts):
         results.add(*_evaluate(settings, model, output, stages))
@@ -116,15 +122,9 @@ def _base(settings: RunSettings, source: WeightSource | None, output: Path, stag
     else:
         assert source is not None and source.folder is not None
         files, original = source.files, source.folder
-        inputs = {"base": _model_sha256(original, source)}
+        inputs = {"base": model_sha256(original)}
         work = lambda: copy_model(files, original, folder)  # type: ignore[assignment,return-value]  # noqa: E731
     stages.do("base", inputs, [folder / "config.json", *_weights_of(folder)], work, trains=made is not None)
-
-
-def _model_sha256(folder: Path, source: WeightSource | None = None) -> str:
-    """One hash over a model's weights, config and tokenizer."""
-    weights = sha256_of_source(source or open_weights(folder))
-    return hashlib.sha256(f"{weights}:{companions_sha256(folder)}".encode()).hexdigest()
 
 
 def _weights_of(folder: Path) -> list[Path]:
@@ -192,7 +192,7 @@ def _merge(
     inputs = {
         "spec": [as_config(step) for step in [*spec.transforms, spec.method]],
         "grid": list(spec.grid.items()),  # its order decides between equals
-        "models": {name: _model_sha256(output / "finetuned" / name) for name in names},
+        "models": {name: model_sha256(output / "finetuned" / name) for name in names},
         "heads": _heads_sha256(settings, output),
         "base": base_sha256,
         "seed": settings.seed,
@@ -291,7 +291,7 @@ def _evaluate(settings: RunSettings, model: ModelFacts, output: Path, stages: St
         "individual": {task: output / "finetuned" / task for task in tasks},
     }.get(model.kind, dict.fromkeys(tasks, output / "merged" / model.name))
     inputs = {
-        "weights": {task: _model_sha256(folders[task]) for task in tasks},
+        "weights": {task: model_sha256(folders[task]) for task in tasks},
         "heads": _heads_sha256(settings, output),
         "data": {task: settings.data.fingerprint(task) for task in tasks},
         "evaluate": settings.evaluate,
@@ -323,6 +323,7 @@ def _report(settings: RunSettings, output: Path, results: Results, resolved: str
     tasks = settings.data.task_names
     vectors = TaskVectors.open(output / "base", {task: output / "finetuned" / task for task in tasks})
     plots = write_plots(results, output / "plots", task_vector_statistics(vectors))
+    plots += trace_plots(output, [spec for spec in settings.adapt if not results.facts(spec.name).error])
     write_report(output / "report.html", results, plots, config=resolved, title=output.name)
     table = markdown(results)
     for name in results.models:

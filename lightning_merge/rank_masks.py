@@ -113,8 +113,7 @@ class RankMasks(Components):
 
     θ₀ + Σ_t λ_t Σ_i m_{t,i} σ_i u_i v_iᵀ for each matrix; convolutions are read as (out, in · k · k). A mask is 1 where
     its score s is above 0, and passes the gradient of sigmoid(s / margin) straight through. Biases and norms have no
-    mask, only λ.
-    With all masks 1 and full rank the merge is task arithmetic, from which by default it starts.
+    mask, only λ. With all masks 1 and full rank, as it starts by default, the merge is task arithmetic.
 
     Args:
         models: The models, in the order of the task vectors (sorted names).
@@ -224,4 +223,4 @@ class RankMasks(Components):
         return max(1, math.ceil(self.rank * full - 1e-9)) if isinstance(self.rank, float) else min(self.rank, full)
 
     def _described(self) -> dict[str, Any]:
-        return {**super()._described(), "mode": self.mode}
+        return {**super()._described(), "mode": self.mode, "rest": self.rest}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_merge.adapt_settings import AdaptSettings
 from lightning_merge.data import Corruption, TaskData
 from lightning_merge.errors import UserError, nearest, unknown
 from lightning_merge.methods import MergeMethod, Transform, available_methods
@@ -108,6 +109,7 @@ class RunSettings:
         finetune: How each task is learned.
         variants: Further fine-tunings by name, for soups.
         merges: The merges.
+        adapt: The merges that learn on a stream, in this order, after the others; each may start from one before it.
         evaluate: What is evaluated.
         seed: Of everything drawn at random.
     """
@@ -118,6 +120,7 @@ class RunSettings:
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
     variants: dict[str, VariantSettings] = field(default_factory=dict)
     merges: list[MergeSettings] = field(default_factory=list)
+    adapt: list[AdaptSettings] = field(default_factory=list)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     seed: int = 0
 
@@ -140,14 +143,20 @@ class RunSettings:
         self.finetune.check("finetune")
         for name, variant in self.variants.items():
             self._check_variant(name, variant)
-        names = [spec.name for spec in self.merges]
-        for spec in self.merges:
-            if names.count(spec.name) > 1 or spec.name in {"pretrained", "individual"} or not _is_name(spec.name):
+        names = [spec.name for spec in self.merges] + [spec.name for spec in self.adapt]
+        for name in names:
+            if names.count(name) > 1 or name in {"pretrained", "individual"} or not _is_name(name):
                 raise UserError(
-                    f"The merge's name '{spec.name}' cannot be used. Expected letters, digits, - and _, each name "
+                    f"The merge's name '{name}' cannot be used. Expected letters, digits, - and _, each name "
                     "once, and neither 'pretrained' nor 'individual'."
                 )
+        before: dict[str, MergeSettings | AdaptSettings] = {}
+        for spec in self.merges:
             self._check_merge(spec)
+            before[spec.name] = spec
+        for adaptation in self.adapt:
+            adaptation.check(self.data, before, self.seed)
+            before[adaptation.name] = adaptation
         for corruption in self.evaluate.corruptions:
             Corruption.parse(corruption)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import yaml
 from torch import Tensor
@@ -17,7 +18,10 @@ from torch import Tensor
 from lightning_merge.data import Corruption
 from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts, Results, Score, predict, score_model, show, write_plots
-from lightning_merge.modules import Encoder, load_head
+from lightning_merge.modules import Encoder, HeadInfo, load_head
+from lightning_merge.modules.corrected import corrected_encoder
+from lightning_merge.modules.correctors import FILE as CORRECTORS
+from lightning_merge.modules.correctors import Correctors
 from lightning_merge.parsing import build, make_parser
 from lightning_merge.run_settings import RunSettings, add_run_arguments
 from lightning_merge.weights import open_weights
@@ -88,11 +92,12 @@ def folder_scores(settings: RunSettings, name: str, folder: Path, heads: Path, t
     """Score the weights of one folder on some tasks: test rows, out-of-domain sets, corruptions."""
     scores: list[Score] = []
     encoder = Encoder.from_pretrained(folder)
+    correctors = _correctors(folder)
     for task in tasks:
         head, info = load_head(heads / f"{task}.safetensors")
         kind = settings.data.get(task).kind
         corruptions = [c for c in map(Corruption.parse, settings.evaluate.corruptions) if c.kind == kind]
-        seen = encoder.reconfigured(info.pooling, info.max_length)
+        seen = _seen(encoder, correctors, task, info)
         if info.dim != seen.dim:
             raise UserError(
                 f"Model '{name}' has features of size {seen.dim}, the head of task '{task}' takes {info.dim}. "
@@ -113,19 +118,43 @@ def folder_scores(settings: RunSettings, name: str, folder: Path, heads: Path, t
     return scores
 
 
+def folder_dev_accuracy(settings: RunSettings, folder: Path, output: Path, tasks: list[str]) -> float:
+    """Return the mean over tasks of the accuracy of a folder's model on validation rows, with its correctors if any."""
+    return _dev_accuracy(settings, Encoder.from_pretrained(folder), _correctors(folder), output, tasks)
+
+
 def dev_accuracy(settings: RunSettings, output: Path, tasks: list[str], state_dict: Mapping[str, Tensor]) -> float:
     """Return the mean over tasks of the accuracy of these weights on validation rows."""
     encoder = Encoder.from_pretrained(output / "base", tensors=dict(state_dict))
+    reached = _dev_accuracy(settings, encoder, None, output, tasks)
+    del encoder
+    gc.collect()  # a candidate's weights go before the next one is made
+    return reached
+
+
+def _dev_accuracy(
+    settings: RunSettings, encoder: Encoder, correctors: Correctors | None, output: Path, tasks: list[str]
+) -> float:
     total = 0.0
     for task in tasks:
         head, info = load_head(head_path(output, task))
-        seen = encoder.reconfigured(info.pooling, info.max_length)
+        seen = _seen(encoder, correctors, task, info)
         rows = settings.data.loader(task, "dev")
         predictions, labels = predict(seen, head, rows, settings.evaluate.chosen_device(), settings.evaluate.precision)
         total += float((predictions == labels).mean())
-    del encoder, seen
-    gc.collect()  # a candidate's weights go before the next one is made
     return total / len(tasks)
+
+
+def _correctors(folder: Path) -> Correctors | None:
+    """Read what a surgery has left beside a merge, if anything."""
+    return Correctors.load(folder) if (folder / CORRECTORS).is_file() else None
+
+
+def _seen(encoder: Encoder, correctors: Correctors | None, task: str, info: HeadInfo) -> Encoder:
+    """Return the encoder as a task's head takes its features: pooled and cut so, and corrected for the task."""
+    seen = encoder.reconfigured(info.pooling, info.max_length)
+    # Stands wherever an encoder is called.
+    return seen if correctors is None else cast(Encoder, corrected_encoder(seen, correctors, task))
 
 
 def head_path(output: Path, task: str) -> Path:

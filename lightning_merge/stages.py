@@ -43,6 +43,11 @@ class Stages:
         """Whether this follower has not yet come to the stage that it was started in."""
         return self._waiting_for is not None
 
+    def result(self, name: str) -> Any:
+        """Return what a stage that is done has returned; ``None`` where it is not."""
+        known = _read(self.folder / f"{name}.json")
+        return None if known is None else known["result"]
+
     def do(
         self,
         name: str,

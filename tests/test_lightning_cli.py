@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+import lightning_merge
 from lightning_merge.cli import main
 
 SMALL = ["--data", "Digits", "--data.max_train", "64", "--data.max_dev", "32", "--data.max_test", "32"]
@@ -114,6 +117,75 @@ def test_what_cannot_be_used_is_told_in_one_sentence(
     assert len(lines) == 1
     for part in told.split(" *"):
         assert part in lines[0]
+
+
+# --- a merge that learns, with what a run has left ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(fitted: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one task, in the layout that lightning-merge run leaves."""
+    folder = tmp_path_factory.mktemp("run") / "x"
+    shutil.copytree(base, folder / "base")
+    shutil.copytree(fitted / "upright", folder / "finetuned" / "upright")
+    shutil.copytree(fitted / "upright" / "heads", folder / "heads")
+    data = {"class_path": "Digits", "init_args": {"tasks": ["upright"], "max_test": 20, "max_dev": 20}}
+    (folder / "run.yaml").write_text(yaml.safe_dump({"data": data}))
+    return folder
+
+
+@pytest.mark.parametrize("config", ["adamerging", "adamerging_pp"])
+def test_a_run_fills_in_models_heads_and_data(
+    config: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parents[1] / "configs" / "adapt" / f"{config}.yaml"
+    arguments = ["fit", "--config", str(path), "--run", str(finished), "--model.output", str(tmp_path / "out"), *QUIET]
+    assert main([*arguments, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
+    assert (tmp_path / "out" / "coefficients.safetensors").is_file()
+    record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert record["steps"] == 2  # 20 rows, 16 at a time
+    model = lightning_merge.load(tmp_path / "out")
+    assert model.tasks == ["upright"]
+    kept = [step["class_path"] for step in yaml.safe_load((tmp_path / "out" / "merge.yaml").read_text())["transforms"]]
+    assert kept == (["ElectSign"] if config.endswith("pp") else [])
+
+
+def test_options_go_before_what_a_run_says(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults of FineTune, whose settings have the same names, must not come through either."""
+    arguments = ["fit", f"--run={finished}", "--data.data.init_args.max_test", "9", "--model.initial", "0.5"]
+    assert main([*arguments, "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    model, data = settings["model"]["init_args"], settings["data"]["init_args"]
+    assert settings["model"]["class_path"].endswith("AdaptiveMerge") and model["run"] == str(finished)
+    assert (model["initial"], model["learning_rate"], model["weight_decay"]) == (0.5, 1e-3, 0.0)
+    assert data["data"]["init_args"]["max_test"] == 9 and data["data"]["init_args"]["max_dev"] == 20
+    assert data["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--run", "nowhere"], "'nowhere' is no run"),
+        (["--run"], "Expected one folder of a finished run"),
+        (["--run", "RUN", "--run", "RUN"], "Expected one folder of a finished run"),
+        (["--run", "RUN", "--model.lerning_rate", "1"], "Did you mean 'learning_rate'?"),
+        (["--run", "RUN", "--model.objectives", "[Entrpy]"], "Did you mean 'Entropy'?"),
+        (["--run", "RUN", "--model.transforms", "[Elect]"], "Unknown method 'Elect'"),
+        (["--run", "RUN", "--data.split", "tset"], "Did you mean 'test'?"),
+        (["--run", "RUN", "--data.labels", "true"], "would teach what they are to score"),
+        (["--run", "RUN", "--model.tasks", "[uprigth]"], "Did you mean 'upright'?"),
+        (["--model", "AdaptiveMerge", "--data", "Digits"], "needs 'run' (--run FOLDER, a finished run)"),
+        (["--run", "RUN", "--data.split", "dev", "--model.objectives", "[Supervised]"], "holds no labels"),
+    ],
+)
+def test_what_cannot_be_learned_is_told_in_one_sentence(
+    wrong: list[str], told: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(finished) if part == "RUN" else part for part in wrong]
+    given += [] if given == ["--run"] else [*QUIET, "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *given]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-merge fit: error: ")]
+    assert len(lines) == 1 and told in lines[0]
 
 
 def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:

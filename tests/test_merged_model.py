@@ -17,6 +17,9 @@ from lightning_merge.modules import (
     orthonormal_embeddings,
     save_head,
 )
+from lightning_merge.modules.blocks import correctable_blocks
+from lightning_merge.modules.corrected import corrected_encoder
+from lightning_merge.modules.correctors import Correctors
 
 WORDS = ("good", "bad", "film", "food", "very", "not", "the", "is")
 TEXTS = ["the film is very very good", "bad", "not good food", "the food is bad"]
@@ -154,3 +157,59 @@ def test_images_are_answered_alone_and_together(tmp_path: Path) -> None:
 def test_an_empty_list_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"empty"):
         load(folder)([], "mood")
+
+
+# --- with correctors ------------------------------------------------------------------------------------------------
+
+
+def put_correctors(folder: Path, tasks: list[str], version: int) -> Correctors:
+    """Correctors whose effect can be seen, beside a model."""
+    encoder = Encoder.from_pretrained(folder)
+    correctors = Correctors(tasks, correctable_blocks(encoder, "") if version == 2 else (), rank=8)
+    generator = torch.Generator().manual_seed(0)
+    for task in tasks:
+        for site in correctors.sites:
+            corrector = correctors.of(task, site)
+            corrector.begin(16, torch.device("cpu"))
+            corrector.up.data = torch.randn(16, 8, generator=generator)
+    correctors.save(folder)
+    return correctors
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_correctors_beside_the_weights_answer_for_the_task_that_is_named(folder: Path, version: int) -> None:
+    plain = load(folder)
+    correctors = put_correctors(folder, ["mood", "v1.topic"], version)
+    model = load(folder)
+    for task, pooling, length in (("mood", "mean", 64), ("v1.topic", "cls", 5)):
+        encoder = Encoder.from_pretrained(folder, pooling, max_length=length)  # type: ignore[arg-type]
+        features = corrected_encoder(encoder, correctors, task)(**encoder.preprocess(TEXTS))
+        torch.testing.assert_close(model.features(TEXTS, task), features, atol=1e-5, rtol=1e-5)
+        if version == 1:
+            by_hand = correctors(plain.features(TEXTS, task), task)
+            torch.testing.assert_close(features, by_hand, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(plain(TEXTS, task).probabilities, model(TEXTS, task).probabilities)
+    sites = 1 if version == 1 else 3
+    assert correctors.size("mood") == sites * 2 * 8 * 16
+    assert model.stored_parameters == plain.stored_parameters + 2 * correctors.size("mood")
+    assert model.active_parameters == plain.active_parameters + correctors.size("mood")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_task_without_a_corrector_is_not_answered_in_silence(folder: Path) -> None:
+    put_correctors(folder, ["mood"], 1)
+    model = load(folder)
+    assert len(model(TEXTS, "mood")) == 4
+    with pytest.raises(UserError, match=r"Unknown task of a corrector 'v1.topic'. Known: mood"):
+        model(TEXTS, "v1.topic")
+    with pytest.raises(UserError, match=r"corrected for a task; name one. Known: mood"):
+        model.features(TEXTS)
+
+
+def test_correctors_of_another_model_are_refused(folder: Path) -> None:
+    put_correctors(folder, ["mood"], 2)
+    correctors = Correctors(["mood"], rank=3)
+    correctors.of("mood").begin(8, torch.device("cpu"))
+    correctors.save(folder)
+    with pytest.raises(UserError, match="features of size 8, the encoder gives 16"):
+        load(folder)

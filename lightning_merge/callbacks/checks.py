@@ -44,6 +44,12 @@ def check_setting(trainer: L.Trainer, module: L.LightningModule, callback: Any) 
             "AdaMerging moves from a pretrained base, and the task vectors have none. Expected "
             "TaskVectors.open(base=..., models=...)."
         )
+    strangers = [finding.message for finding in callback.task_vectors.findings if finding.about == "base"]
+    if strangers:
+        raise UserError(
+            f"{strangers[0]} Task vectors over another base lead nowhere; TaskVectors.open(..., check=False) says that "
+            "you know better."
+        )
 
 
 def check_stream(trainer: L.Trainer, tasks: Sequence[str], loaded: bool = False) -> None:

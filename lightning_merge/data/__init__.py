@@ -7,6 +7,7 @@ from lightning_merge.data.docstrings import DocstringTasks
 from lightning_merge.data.huggingface import HuggingFaceDatasets, HuggingFaceSource
 from lightning_merge.data.image_arrays import ImageArrays
 from lightning_merge.data.sampler import LengthGroupedSampler
+from lightning_merge.data.streams import TaskStreams
 from lightning_merge.data.task import Split, Task, check_task, fingerprint, subsample
 from lightning_merge.data.text_tables import TextTables
 
@@ -24,6 +25,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskData",
+    "TaskStreams",
     "TextTables",
     "check_task",
     "collate",

@@ -189,7 +189,7 @@ class TaskData(L.LightningDataModule, ABC):
             )
         rows = task.splits[split]
         batch_size = self.batch_size if shuffle else self.eval_batch_size
-        sampler = LengthGroupedSampler(_lengths(rows), batch_size, shuffle, self.seed)
+        sampler = LengthGroupedSampler(row_lengths(rows), batch_size, shuffle, self.seed)
         return DataLoader(
             Rows(rows, corruption),
             batch_size=batch_size,
@@ -237,7 +237,8 @@ class TaskData(L.LightningDataModule, ABC):
             raise unknown("task", self.task, known)
 
 
-def _lengths(rows: Split) -> np.ndarray:
+def row_lengths(rows: Split) -> np.ndarray:
+    """Return how long each input is, in characters: what a sampler groups by. 0 for images."""
     if isinstance(rows.inputs, np.ndarray):
         return np.zeros(len(rows), dtype=np.int64)
     # Characters stand in for tokens: data knows of no tokenizer, and the two go together closely enough for padding.

@@ -51,6 +51,15 @@ CAPTIONS = {
         "Where the tasks moved the model",
         "Norm of each task vector within a block, relative to the norm of the base's weights there.",
     ),
+    "trace.png": (
+        "While it learned",
+        "What was minimised on the stream, how far coefficients have moved, and what the guard saw on the batches it "
+        "watches: none of it knows a label.",
+    ),
+    "coefficients.png": (
+        "Learned coefficients",
+        "One column for each task vector, one row for each tensor (or each layer, where there are many).",
+    ),
 }
 
 

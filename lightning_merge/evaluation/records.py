@@ -107,7 +107,8 @@ class ModelFacts:
         kind: ``"pretrained"``, ``"individual"`` (each task by the model fine-tuned on it) or ``"merged"``.
         method: class name of the merge method.
         parameters: its hyper-parameters, as given.
-        selection: the data that chose anything: ``"none"``, ``"validation labels"`` or ``"unlabeled test"``.
+        selection: the data that chose anything: ``"none"``, ``"validation labels"``, ``"unlabeled test"`` (of another
+            split ``"unlabeled dev"``), ``"training labels"``, or several of them with ``" + "`` between.
         selected: the hyper-parameters that this data chose, with their values.
         seed: seed of whatever is random.
         trained_parameters: parameters that received gradients.
@@ -116,6 +117,7 @@ class ModelFacts:
         seconds: wall time it took to make the model.
         peak_memory_bytes: peak memory while making it; 0 where it was not measured.
         error: why there is no model; such a row stays in every table.
+        needs_task: whether the task must be named for the features already, not for the head alone.
 
     Raises:
         UserError: an unknown kind, or a name that does not go with it.
@@ -134,6 +136,7 @@ class ModelFacts:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     error: str | None = None
+    needs_task: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -89,7 +89,8 @@ def write_report(
     Args:
         path: file to write.
         results: tasks x models.
-        plots: PNG files, put into the file itself; those that ``CAPTIONS`` knows get their title and caption.
+        plots: PNG files, put into the file itself; those that ``CAPTIONS`` knows get their title and caption, also
+            as pictures of one model (``adamerging.trace.png``).
         config: configuration of the run, as text or as a mapping (shown as YAML).
         title: heading.
         notes: further sentences, such as how many rows were used.
@@ -216,7 +217,10 @@ def _pairs(settings: Mapping[str, Any]) -> str:
 
 
 def _figure(path: Path) -> str:
+    model, _, kind = path.name.partition(".")
     title, caption = CAPTIONS.get(path.name, (path.stem.replace("_", " "), ""))
+    if kind in CAPTIONS:  # a picture of one model: adamerging.trace.png
+        title, caption = f"{CAPTIONS[kind][0]}: {model}", CAPTIONS[kind][1]
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
         f"<figure{' class=wide' if path.name == 'tasks.png' else ''}><h3>{escape(title)}</h3>"

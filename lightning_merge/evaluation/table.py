@@ -30,8 +30,10 @@ MEANS = (
 )
 HONESTY = (
     "Selection names the data that chose something: a scale tuned on validation labels is not data-free, and "
-    "adapting to the unlabeled test stream is transductive."
+    "adapting to the unlabeled test stream is transductive. By task: the task must be named for the features already, "
+    "not for the head alone."
 )
+BY_TASK = "by task"
 CAPTION = (LEGEND, MEANS, HONESTY)
 
 
@@ -139,7 +141,8 @@ def quality_columns(results: Results) -> list[Column]:
     for model in rows(results):
         facts = results.facts(model) if model in results.models else None
         chosen = ", ".join(f"{key}={value}" for key, value in facts.selected.items()) if facts else ""
-        selection.append((facts.selection if facts else ABSENT, *([chosen] if chosen else [])))
+        below = [*([chosen] if chosen else []), *([BY_TASK] if facts and facts.needs_task else [])]
+        selection.append((facts.selection if facts else ABSENT, *below))
     return [*columns, Column("selection", tuple(selection), numeric=False)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_merge.modules.adaptive_merge import AdaptiveMerge
 from lightning_merge.modules.encoder import Encoder, ImageProcessor, TextProcessor, build_vit
 from lightning_merge.modules.export import ExportFineTuned
 from lightning_merge.modules.finetune import FineTune
@@ -16,8 +17,10 @@ from lightning_merge.modules.heads import (
     save_head,
 )
 from lightning_merge.modules.lora import LoraSettings
+from lightning_merge.modules.surgery import RepresentationSurgery
 
 __all__ = [
+    "AdaptiveMerge",
     "ClassEmbeddingHead",
     "Encoder",
     "ExportFineTuned",
@@ -26,6 +29,7 @@ __all__ = [
     "ImageProcessor",
     "LinearHead",
     "LoraSettings",
+    "RepresentationSurgery",
     "TextProcessor",
     "base_sha256",
     "build_vit",

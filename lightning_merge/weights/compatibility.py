@@ -44,10 +44,14 @@ REMEDY = "Leave tensors out of the merge with --ignore REGEX."
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before a merge: an ERROR stops it, a WARN may spoil it, an INFO reassures."""
+    """One thing to know before a merge: an ERROR stops it, a WARN may spoil it, an INFO reassures.
+
+    ``about`` is ``base`` where a model's weights hardly are a fine-tuning of the base.
+    """
 
     level: Literal["ERROR", "WARN", "INFO"]
     message: str
+    about: Literal["", "base"] = ""
 
     def __str__(self) -> str:
         return f"{self.level}: {self.message}"
@@ -123,6 +127,7 @@ def _compare_headers(
                 "ERROR",
                 f"Model '{name}' ({model.label}) has the architecture '{kinds[1]}' and {called} '{kinds[0]}'. "
                 "Expected fine-tunings of one pretrained model.",
+                about="base",
             )
         ]
     findings = _compare_names(reference, called, name, model, ignore)
@@ -382,6 +387,7 @@ def _compare_values(
                 "WARN",
                 f"Model '{name}' hardly shares its weights with {called} ({measured}). "
                 "Expected fine-tunings of one pretrained model.",
+                about="base",
             )
         ]
     return [Finding("INFO", f"Model '{name}' plausibly shares {called}: {measured}.")]

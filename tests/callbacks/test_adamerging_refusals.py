@@ -75,6 +75,14 @@ def refused(message: str, callback: AdaMerging, module: L.LightningModule | None
     assert state_of(module)["flags"] == before["flags"] and state_of(module)["methods"] == before["methods"]
 
 
+def test_models_of_another_base_are_refused(checkpoints: Checkpoints) -> None:
+    """The same architecture, trained from other first weights: headers cannot tell."""
+    base, models = checkpoints
+    generator = torch.Generator().manual_seed(5)
+    other = {name: torch.randn(value.shape, generator=generator) for name, value in base.items()}
+    refused("'even' hardly shares its weights with the base", AdaMerging(TaskVectors.open(other, models)))
+
+
 def test_streams_that_are_not_the_tasks_are_refused(task_vectors: TaskVectors) -> None:
     data = streams()
     wrong = {"even": data["even"], "od": data["odd"], "small": data["small"]}

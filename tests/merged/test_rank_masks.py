@@ -16,7 +16,6 @@ from lightning_merge.components import Components
 from lightning_merge.merged_weights import MergedWeights
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.rank_masks import RankMasks, singular_factors
-from lightning_merge.row_coefficients import RowCoefficients
 
 
 def by_svd(tau: Tensor) -> list[Tensor]:
@@ -31,13 +30,6 @@ def by_svd_and_rest(tau: Tensor) -> list[Tensor]:
     """Two components and what they leave."""
     parts = by_svd(tau)
     return parts if len(parts) < 3 else [*parts[:2], sum(parts[3:], parts[2])]
-
-
-def by_row(tau: Tensor) -> list[Tensor]:
-    if tau.dim() < 2 or min(tau.shape[0], tau[0].numel()) == 1:
-        return [tau]
-    only = torch.eye(len(tau), dtype=tau.dtype).reshape(len(tau), len(tau), *[1] * (tau.dim() - 1))
-    return list(only * tau)
 
 
 def explicit(scalars: Components, values: Tensor, components: Callable[[Tensor], list[Tensor]]) -> State:
@@ -61,9 +53,8 @@ def explicit(scalars: Components, values: Tensor, components: Callable[[Tensor],
         (lambda tv: RankMasks.of(tv, mode="soft", rank=0.5, keep=0.4), by_svd),
         (lambda tv: RankMasks.of(tv, rank=2, coefficients=Coefficients(TASKS, sorted(SHAPES), by="task")), by_svd),
         (lambda tv: RankMasks.of(tv, rank=2, rest=True, mode="soft"), by_svd_and_rest),
-        (lambda tv: RowCoefficients.of(tv), by_row),
     ],
-    ids=["hard", "soft", "rank-2-by-task", "rank-2-and-rest", "rows"],
+    ids=["hard", "soft", "rank-2-by-task", "rank-2-and-rest"],
 )
 def test_weights_and_gradients_are_those_of_the_explicit_sum(
     make: Callable[[TaskVectors], Components], components: Callable[[Tensor], list[Tensor]]
@@ -98,9 +89,7 @@ def test_the_gradient_passes_a_mask_as_a_sigmoids() -> None:
     assert masks.coefficients.raw.grad.item() == 1.0, "one of two components is merged"
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"), [(RankMasks, {}), (RankMasks, {"rank": 1, "rest": True}), (RowCoefficients, {})]
-)
+@pytest.mark.parametrize(("kind", "settings"), [(RankMasks, {}), (RankMasks, {"rank": 1, "rest": True})])
 def test_with_all_factors_one_it_is_task_arithmetic(kind: type[Components], settings: dict[str, Any]) -> None:
     _, _, task_vectors = vectors()
     module = Bag()
