@@ -36,7 +36,8 @@ MERGES = """
 
 # What is learned: 60 steps of 16 unlabeled test inputs of each task. AdaMerging and AdaMerging++ as published start at
 # 0.3. ``distilled`` asks the individual models, not labels, what to answer, and ``distilled_wudi`` starts from WUDI,
-# which is then one more direction beside the task vectors. Surgery must be told the task at inference.
+# which is then one more direction beside the task vectors. ``distilled_weights`` trains all weights of WUDI instead,
+# with every model asked about every task's inputs. Surgery must be told the task at inference.
 ADAPT = """
 - {name: adamerging, objectives: [Entropy], learning_rate: 3.0e-3}
 - name: distilled_wudi
@@ -54,6 +55,14 @@ ADAPT = """
   max_rows: 480
   module: {individuals: cached}
 - {name: surgery_wudi, what: Surgery, over: wudi}
+- name: distilled_weights
+  what: Distilled
+  over: wudi
+  learning_rate: 1.5e-4
+  max_rows: 480
+  max_epochs: 2
+  batches: 30
+  module: {cross: 2.0}
 """
 STEPS = {"max_epochs": 6, "batches": 10, "precision": "bf16-mixed"}
 

@@ -16,6 +16,8 @@ from lightning_merge.objectives import Objective
 
 # Settings of AdaptiveMerge that have a place of their own here, or that a run knows.
 _OWN = ("run", "base", "models", "heads", "tasks", "output", "seed", "merge", "optimizer", "start")
+# What learns, by the module that does it.
+_KINDS = {"AdaMerging": "AdaptiveMerge", "Surgery": "RepresentationSurgery", "Distilled": "DistilledEncoder"}
 
 
 @dataclass
@@ -25,8 +27,9 @@ class AdaptSettings:
     Args:
         name: Its name in tables and its folder in ``merged/``.
         what: ``AdaMerging`` learns coefficients of the task vectors; ``Surgery`` learns correctors of a merge's
-            features for each task, which must then be named at inference.
-        over: For ``Surgery``, the merge, or the adaptation before it, that is corrected.
+            features for each task, which must then be named at inference; ``Distilled`` trains all weights of a merge
+            to answer as the fine-tuned models do.
+        over: For ``Surgery`` and ``Distilled``, the merge, or the adaptation before it, that is corrected or trained.
         initial: For ``AdaMerging``, where coefficients start: a number, one for each task, or the name of a merge or
             adaptation before it. From ``TaskArithmetic``, ``SimpleAverage`` and adaptations it takes the coefficients,
             on task vectors transformed as theirs unless ``transforms`` says otherwise; any other merge becomes one more
@@ -34,10 +37,11 @@ class AdaptSettings:
         by: For ``AdaMerging``, what shares a coefficient: ``tensor``, ``block``, ``layer``, ``task``, or patterns.
         constraint: For ``AdaMerging``, ``free``, ``clamp`` or ``softmax``.
         transforms: For ``AdaMerging``, of the task vectors, first: ``ElectSign`` makes it AdaMerging++.
-        objectives: What is minimised; ``Entropy`` for AdaMerging by default, the distance of features for Surgery.
+        objectives: For ``AdaMerging``, what is minimised; ``Entropy`` by default. Surgery brings features, and
+            ``Distilled`` answers, nearer to those of the fine-tuned models.
         version: For ``Surgery``, 1 corrects the features, 2 also what each block gives.
         rank: For ``Surgery``, of the correctors, at least 1.
-        learning_rate: Above 0.
+        learning_rate: Above 0; by default 1e-3, and 1e-4 for ``Distilled``.
         split: The rows that are seen, without labels: ``test`` (transductive), ``dev``, ``train``, ``ood_<domain>``.
         batch_size: Rows of each task in a step.
         max_rows: The most rows of each task that are seen.
@@ -46,13 +50,14 @@ class AdaptSettings:
         batches: Steps in an epoch, at most; the largest task's rows end an epoch before.
         precision: Of Lightning's Trainer: ``32-true``, ``bf16-mixed``, ...
         guard: Stop and go back when answers collapse; ``false``, or a mapping of settings of ``CollapseGuard``.
-        module: Further settings of ``AdaptiveMerge`` or of the module for surgery, such as ``prior`` and ``storage``.
+        module: Further settings of ``AdaptiveMerge``, ``RepresentationSurgery`` or ``DistilledEncoder``: ``prior``,
+            ``storage``, ``cross``, ...
         trainer: Further arguments of Lightning's Trainer: ``devices``, ``strategy``, ``accumulate_grad_batches``, ...
         grid: Settings to choose on validation labels: ``{learning_rate: [1.0e-3, 3.0e-3]}``.
     """
 
     name: str
-    what: Literal["AdaMerging", "Surgery"] = "AdaMerging"
+    what: Literal["AdaMerging", "Surgery", "Distilled"] = "AdaMerging"
     over: str | None = None
     initial: float | str | dict[str, float] = 0.3
     by: str | dict[str, str] = "tensor"
@@ -61,7 +66,7 @@ class AdaptSettings:
     objectives: list[Objective] = field(default_factory=list)
     version: int = 1
     rank: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     split: str = "test"
     batch_size: int = 16
     max_rows: int | None = None
@@ -75,6 +80,13 @@ class AdaptSettings:
     grid: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
+    def rate(self) -> float:
+        """The learning rate, given or by default."""
+        if self.learning_rate is None:
+            return 1e-4 if self.what == "Distilled" else 1e-3
+        return self.learning_rate
+
+    @property
     def supervised(self) -> bool:
         """Whether an objective takes labels."""
         return any("labels" in objective.needs for objective in self.objectives)
@@ -82,7 +94,7 @@ class AdaptSettings:
     @property
     def before(self) -> str | None:
         """The merge or adaptation that it starts from, if any."""
-        if self.what == "Surgery":
+        if self.what != "AdaMerging":
             return self.over
         return self.initial if isinstance(self.initial, str) else None
 
@@ -117,6 +129,7 @@ class AdaptSettings:
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["transforms"] = [as_config(step) for step in self.transforms]
         values["objectives"] = [{"class": type(o).__qualname__, **asdict(o)} for o in self.objectives]
+        values["learning_rate"] = self.rate
         values["grid"] = list(self.grid.items())  # its order decides between equals
         return values
 
@@ -154,8 +167,8 @@ class AdaptSettings:
                 raise UserError(f"{place}.trainer.{name} cannot be set here. Set {place}.{own}.")
         if self.batches < 1:
             raise UserError(f"batches must be at least 1, got {self.batches}.")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not self.rate > 0:
+            raise UserError(f"learning_rate must be above 0, got {self.rate}.")
         self._check_kind(before)
         self._check_module()
         for transform in self.transforms:
@@ -173,16 +186,20 @@ class AdaptSettings:
                     raise unknown("task of the initial coefficients", task, tasks)
 
     def _check_kind(self, before: Mapping[str, Any]) -> None:
-        if self.what not in ("AdaMerging", "Surgery"):
-            raise unknown("kind of adaptation", str(self.what), ("AdaMerging", "Surgery"))
+        if self.what not in _KINDS:
+            raise unknown("kind of adaptation", str(self.what), tuple(_KINDS))
         if self.what == "AdaMerging" and self.over is not None:
-            raise UserError(f"over is for Surgery; AdaMerging starts from a merge by initial: {self.over}.")
-        if self.what == "Surgery":
+            raise UserError(
+                f"over is for Surgery and Distilled; AdaMerging starts from a merge by initial: {self.over}."
+            )
+        if self.what != "AdaMerging":
+            does = "corrects" if self.what == "Surgery" else "trains"
             if self.over is None:
-                raise UserError(f"Surgery corrects a merge. Expected over: one of {', '.join(before) or 'none'}.")
+                raise UserError(f"{self.what} {does} a merge. Expected over: one of {', '.join(before) or 'none'}.")
             for name in ("transforms", "objectives"):
                 if getattr(self, name):
-                    raise UserError(f"Surgery has no {name}: it corrects a merge that is there.")
+                    raise UserError(f"{self.what} has no {name}: it {does} a merge that is there.")
+        if self.what == "Surgery":
             if self.version not in (1, 2):
                 raise unknown("version of surgery", str(self.version), ("1", "2"))
             if self.rank < 1:
@@ -190,16 +207,15 @@ class AdaptSettings:
         if self.before is not None and self.before not in before:
             raise unknown("merge to start from", self.before, before)
         start = before.get(self.before or "")
-        if self.what == "AdaMerging" and start is not None:
-            if isinstance(start, AdaptSettings) and start.what != "AdaMerging":
-                raise UserError(f"It cannot start from '{self.before}', whose {start.what} merges nothing.")
-            if getattr(start, "models", None):
-                raise UserError(f"It cannot start from '{self.before}', which merges models of its own choice.")
+        if self.what != "Surgery" and isinstance(start, AdaptSettings) and start.what == "Surgery":
+            raise UserError(f"It cannot start from '{self.before}', whose {start.what} merges nothing.")
+        if self.what == "AdaMerging" and getattr(start, "models", None):
+            raise UserError(f"It cannot start from '{self.before}', which merges models of its own choice.")
 
     def _check_module(self) -> None:
         from lightning_merge import modules
 
-        kind = modules.AdaptiveMerge if self.what == "AdaMerging" else modules.RepresentationSurgery
+        kind = getattr(modules, _KINDS[self.what])
         own = {spec.name for spec in fields(self)}
         known = [name for name in inspect.signature(kind).parameters if name not in _OWN and name not in own]
         for name in self.module:

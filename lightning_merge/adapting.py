@@ -26,7 +26,7 @@ from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts
 from lightning_merge.methods import SimpleAverage, TaskArithmetic, Transform
 from lightning_merge.methods.schedule import ByTensor, depths, settle
-from lightning_merge.modules import AdaptiveMerge, RepresentationSurgery
+from lightning_merge.modules import AdaptiveMerge, DistilledEncoder, RepresentationSurgery
 from lightning_merge.modules.adaptive_merge import COEFFICIENTS, RECORD
 from lightning_merge.modules.correctors import FILE as CORRECTORS
 from lightning_merge.modules.tuning import quiet_lightning
@@ -40,6 +40,8 @@ from lightning_merge.weights.folder import companions_sha256
 from lightning_merge.weights.hashing import sha256_of_file
 
 VALIDATION = "validation labels"
+# What each kind leaves beside weights and record.
+_FILES: dict[str, list[str]] = {"AdaMerging": [COEFFICIENTS], "Surgery": [CORRECTORS], "Distilled": []}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def adapt(settings: RunSettings, spec: AdaptSettings, output: Path, stages: Stag
     tasks = settings.data.task_names
     folder = output / "merged" / spec.name
     files = [folder / "model.safetensors", folder / RECORD]
-    files += [folder / (COEFFICIENTS if spec.what == "AdaMerging" else CORRECTORS)]
+    files += [folder / name for name in _FILES[spec.what]]
     files += [folder / "heads" / f"{task}.safetensors" for task in tasks]
     try:
         starts = [_start(settings, candidate, output, stages) for _, candidate in spec.candidates()]
@@ -168,7 +170,7 @@ def _fit(settings: RunSettings, spec: AdaptSettings, start: Start, output: Path,
     common: dict[str, Any] = {
         "run": str(output),
         "tasks": settings.data.task_names,
-        "learning_rate": spec.learning_rate,
+        "learning_rate": spec.rate,
         "output": str(folder),
         "seed": settings.seed,
         **spec.module,
@@ -183,6 +185,9 @@ def _fit(settings: RunSettings, spec: AdaptSettings, start: Start, output: Path,
             assert spec.over is not None
             version: Any = spec.version
             module = RepresentationSurgery(spec.over, version=version, rank=spec.rank, **common)
+        elif spec.what == "Distilled":
+            assert spec.over is not None
+            module = DistilledEncoder(spec.over, guard=spec.guard, **common)
         else:
             module = AdaptiveMerge(
                 by=spec.by,
@@ -268,6 +273,8 @@ def _describe(spec: AdaptSettings, start: Start | None) -> str:
     """Return an adaptation in one line."""
     if spec.what == "Surgery":
         return f"Surgery(version={spec.version}, rank={spec.rank}) over {spec.over}"
+    if spec.what == "Distilled":
+        return f"Distilled(cross={spec.module.get('cross', 0.0):g}) over {spec.over}"
     objectives = " + ".join(
         f"{'' if objective.weight == 1 else f'{objective.weight:g} '}{type(objective).__name__}"
         for objective in spec.objectives
@@ -292,15 +299,15 @@ def _start(settings: RunSettings, spec: AdaptSettings, output: Path, stages: Sta
     if made is None or not (folder / "model.safetensors").is_file():
         raise UserError(f"It starts from '{before.name}', which failed.")
     selection = tuple(part for part in made["selection"].split(" + ") if part != "none")
-    if spec.what == "Surgery":
+    if spec.what != "AdaMerging":
         return Start(None, [], model_sha256(folder), selection)
-    if isinstance(before, AdaptSettings):
+    if isinstance(before, AdaptSettings) and before.what == "AdaMerging":
         earlier = _start(settings, _chosen(before, made), output, stages)
         own = transforms or list(earlier.transforms)
         # The same coefficients may belong to another merge.
         known = f"{sha256_of_file(folder / COEFFICIENTS)}:{model_sha256(folder)}"
         return Start(str(folder / COEFFICIENTS), own, known, selection, merge=earlier.merge)
-    if not isinstance(before.method, (TaskArithmetic, SimpleAverage)):
+    if isinstance(before, AdaptSettings) or not isinstance(before.method, (TaskArithmetic, SimpleAverage)):
         return Start(0.0, transforms, model_sha256(folder), selection, merge=folder)
     _, method, taken = next(
         (candidate for candidate in before.candidates() if _same(candidate[0], made["selected"])),

@@ -30,6 +30,8 @@ ADAPT: list[dict[str, Any]] = [
     {"name": "few", "split": "dev", "objectives": ["Supervised"], "by": "task", "max_rows": 20, "max_epochs": 1,
      "batches": 2, "grid": {"learning_rate": [1e-3, 1e-1]}},
     {"name": "surgery", "what": "Surgery", "over": "average", "rank": 4, "max_epochs": 2, "batches": 4},
+    {"name": "distilled", "what": "Distilled", "over": "chosen", "learning_rate": 1e-3, "module": {"cross": 1.0},
+     "max_epochs": 2, "batches": 4, "guard": False},
 ]  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "data": {
@@ -105,6 +107,7 @@ def test_the_table_says_what_each_was_learned_from(finished: Path) -> None:
     selection = {name: results.facts(name).selection for name in results.models}
     assert selection["ada"] == selection["surgery"] == "unlabeled test"
     assert selection["still"] == "validation labels + unlabeled test"  # the scale it starts from was chosen on those
+    assert selection["distilled"] == "validation labels + unlabeled test"
     assert selection["few"] == "validation labels"
     assert {split for name in ("ada", "surgery") for split in ("id", "ood", "corrupted")
             if any(score.model == name and score.split == split for score in results.scores)} == {
@@ -118,6 +121,7 @@ def test_what_received_gradients_and_what_is_kept_is_counted(finished: Path) -> 
     base, tensors = results.facts("pretrained").stored_parameters, len(load_file(finished / "base/model.safetensors"))
     assert results.facts("ada").trained_parameters == tensors * len(TASKS)
     assert results.facts("few").trained_parameters == len(TASKS)
+    assert 0 < results.facts("distilled").trained_parameters <= base == results.facts("distilled").stored_parameters
     assert results.facts("ada").stored_parameters == base
     rank, dim = 4, 32
     assert results.facts("surgery").trained_parameters == 2 * rank * dim * len(TASKS)
@@ -128,7 +132,7 @@ def test_what_received_gradients_and_what_is_kept_is_counted(finished: Path) -> 
 def test_the_folder_answers_as_the_table_says(finished: Path) -> None:
     results = Results.load(finished)
     data = Digits(tasks=TASKS, max_test=60)
-    for name in ("ada", "surgery"):
+    for name in ("ada", "surgery", "distilled"):
         model = lightning_merge.load(finished / "merged" / name)
         for task in TASKS:
             test = data.get(task).splits["test"]
@@ -151,6 +155,16 @@ def test_a_start_at_a_merge_is_that_merge(finished: Path) -> None:
     for name, weights in chosen.items():
         torch.testing.assert_close(still[name], weights, rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(average[name], chosen[name], atol=1e-5) for name in chosen)
+
+
+def test_distilling_moves_all_weights_of_the_merge_a_little(finished: Path) -> None:
+    chosen, distilled = (load_file(finished / "merged" / n / "model.safetensors") for n in ("chosen", "distilled"))
+    record = json.loads((finished / "merged" / "distilled" / "adaptation.json").read_text())
+    moved = {name for name in chosen if not torch.equal(chosen[name], distilled[name])}
+    assert record["steps"] == 8 and record["merge"] == "chosen" and len(moved) > 0.9 * len(chosen)
+    assert sum(chosen[name].numel() for name in moved) <= record["trained_parameters"]
+    assert max(float((chosen[name] - distilled[name]).abs().max()) for name in moved) < 8 * 1e-3  # AdamW's steps
+    assert set(record["losses"]) == {"distillation", "cross"}
 
 
 def test_a_start_at_an_adaptation_is_that_adaptation(finished: Path) -> None:
@@ -202,7 +216,7 @@ def test_test_labels_teach_nothing(finished: Path, copied: Path) -> None:
     data = {"class_path": f"{__name__}.ShuffledTestLabels", "init_args": SETTINGS["data"]["init_args"]}
     assert run(write(copied.parent, data=data), copied) == 0
     assert Results.load(copied).mean("individual") != Results.load(finished).mean("individual")
-    for name in ("ada", "surgery", "few"):
+    for name in ("ada", "surgery", "few", "distilled"):
         own, other = (load_file(folder / "merged" / name / "model.safetensors") for folder in (finished, copied))
         assert all(torch.equal(own[tensor], other[tensor]) for tensor in own)
     file = "merged/surgery/surgery.safetensors"
@@ -234,6 +248,9 @@ def test_a_failing_adaptation_leaves_the_others(copied: Path, capsys: pytest.Cap
         ({"name": "a", "what": "Surgery", "over": "average", "version": 3}, "Unknown version of surgery '3'"),
         ({"name": "a", "what": "Surgery", "over": "average", "objectives": ["Entropy"]}, "Surgery has no objectives"),
         ({"name": "a", "over": "average"}, "over is for Surgery"),
+        ({"name": "a", "what": "Distilled"}, "Distilled trains a merge. Expected over: one of average, chosen"),
+        ({"name": "a", "what": "Distilled", "over": "avrage"}, "Did you mean 'average'?"),
+        ({"name": "a", "what": "Distilled", "over": "average", "module": {"cros": 1.0}}, "Did you mean 'cross'?"),
         ({"name": "a", "initial": "averag"}, "Did you mean 'average'?"),
         ({"name": "a", "initial": "soup"}, "Unknown merge to start from 'soup'"),
         ({"name": "a", "initial": {"uprigt": 0.3}}, "Did you mean 'upright'?"),

@@ -3,6 +3,7 @@
 from lightning_merge.callbacks.adamerging import AdaMerging
 from lightning_merge.callbacks.adaptation_trace import AdaptationTrace
 from lightning_merge.callbacks.collapse_guard import CollapseGuard
+from lightning_merge.callbacks.distilled_merge import DistilledMerge
 from lightning_merge.callbacks.surgery import Surgery
 
-__all__ = ["AdaMerging", "AdaptationTrace", "CollapseGuard", "Surgery"]
+__all__ = ["AdaMerging", "AdaptationTrace", "CollapseGuard", "DistilledMerge", "Surgery"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_merge.modules.adaptive_merge import AdaptiveMerge
+from lightning_merge.modules.distilled import DistilledEncoder
 from lightning_merge.modules.encoder import Encoder, ImageProcessor, TextProcessor, build_vit
 from lightning_merge.modules.export import ExportFineTuned
 from lightning_merge.modules.finetune import FineTune
@@ -22,6 +23,7 @@ from lightning_merge.modules.surgery import RepresentationSurgery
 __all__ = [
     "AdaptiveMerge",
     "ClassEmbeddingHead",
+    "DistilledEncoder",
     "Encoder",
     "ExportFineTuned",
     "FineTune",
