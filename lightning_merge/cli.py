@@ -261,7 +261,7 @@ def _run(arguments: Sequence[str]) -> int:
     """Fine-tune, merge, evaluate and report. Stages whose inputs have not changed are not done again."""
     from lightning_merge.parsing import build, make_parser
     from lightning_merge.pipeline import run
-    from lightning_merge.run_settings import RunSettings, add_run_arguments
+    from lightning_merge.run_settings import RunSettings, add_run_arguments, check_entries
 
     parser = make_parser("run", _run.__doc__)
     parser.add_argument("--config", action="config", help=f"the run's YAML; {QUICKSTART} where it stands")
@@ -274,6 +274,7 @@ def _run(arguments: Sequence[str]) -> int:
             if config.is_file():
                 arguments = ["--config", str(config), *arguments]
                 break
+    check_entries(arguments)
     options, resolved = build(parser, arguments)
     return run(RunSettings.of(options), Path(options.output), resolved, overwrite=options.overwrite)
 

@@ -91,7 +91,7 @@ def read(logits: Mapping[str, Tensor], start: Mapping[str, Tensor], individual: 
     overlaps: dict[str, Tensor] = {}
     for task, now in logits.items():
         classes = now.argmax(dim=-1)
-        finite = torch.isfinite(now).all(dim=-1)
+        finite = whole(now)
         agreement = math.nan
         if task in individual:
             agreement = float(((classes == individual[task].argmax(dim=-1)) & finite).float().mean())
@@ -113,10 +113,15 @@ def diversity(classes: Tensor, number: int) -> float:
     return max(0.0, float(-(told * told.log()).sum()) / math.log(number)) if number > 1 else 1.0
 
 
+def whole(logits: Tensor) -> Tensor:
+    """Return which rows are answers, ``(N, C)`` to ``(N,)``: not NaN or +inf anywhere; -inf masks a class, not all."""
+    return torch.isfinite(logits.amax(dim=-1))
+
+
 def overlap(logits: Tensor, individual: Tensor) -> Tensor:
     """Return Σ_c min(p_c, q_c) of each row at equal mean entropy: twice ``(N, C)`` to ``(N,)`` in [0, 1].
 
-    A row that is not finite has none.
+    A row that is no answer (:func:`whole`) has none.
     """
     q = individual.float().softmax(dim=-1)
     p = (logits.float() * _sharpening(logits, float(entropy(individual).mean()))).softmax(dim=-1)
@@ -125,7 +130,7 @@ def overlap(logits: Tensor, individual: Tensor) -> Tensor:
 
 def _sharpening(logits: Tensor, target: float) -> float:
     """Return the factor on the logits at which their mean entropy is the target, by bisection of its logarithm."""
-    finite = logits.float()[torch.isfinite(logits).all(dim=-1)]
+    finite = logits.float()[whole(logits)]
     if not len(finite) or math.isnan(target):
         return 1.0
     low, high = -10.0, 10.0

@@ -8,6 +8,7 @@ and data from a finished run.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -83,7 +84,13 @@ class MergeCLI(LightningCLI):
         except (ArgumentError, ValueError, TypeError) as error:
             verb = self._subcommand_parsers.get(sys.argv[1], parser)
             options = [text for action in verb._actions for text in action.option_strings]
-            raise refusal(error, options) from error
+            told = refusal(error, options)
+            if re.match("Missing: --data\\b", str(told)) and _names(sys.argv[1:], "data", STREAMS):
+                raise UserError(
+                    f"Missing: --run FOLDER, the output of lightning-merge run, which holds the models, heads and data "
+                    f"that lightning-merge {sys.argv[1]} takes; or --data.data with the tasks' data."
+                ) from error
+            raise told from error
 
     def instantiate_classes(self) -> None:
         """Build the objects; the parser hides in its own errors what a class has to say of its settings."""
@@ -169,12 +176,12 @@ def with_run(arguments: Sequence[str]) -> list[str]:
     return [*rest[:1], *configs, *filled, *rest[1:]]
 
 
-def _names(arguments: Sequence[str], part: str) -> bool:
-    """Whether arguments, or configurations among them, name the class of the model or of the data."""
+def _names(arguments: Sequence[str], part: str, wanted: str = "") -> bool:
+    """Whether arguments, or configurations among them, name a (``wanted``) class of the model or of the data."""
     options = (f"--{part}", f"--{part}.class_path")
     for position, argument in enumerate(arguments):
         name, sign, value = argument.partition("=")
-        if name in options:
+        if name in options and wanted in (value if sign else "".join(arguments[position + 1 : position + 2])):
             return True
         if name in ("--config", "-c"):
             text = value if sign else next(iter(arguments[position + 1 : position + 2]), "")
@@ -185,7 +192,9 @@ def _names(arguments: Sequence[str], part: str) -> bool:
                 continue  # the parser says what is wrong with it
             inside = content.get(arguments[0], content) if isinstance(content, dict) else {}
             named = inside.get(part) if isinstance(inside, dict) else None
-            if isinstance(named, str) or (isinstance(named, dict) and "class_path" in named):
+            if isinstance(named, dict):
+                named = named.get("class_path")
+            if isinstance(named, str) and wanted in named:
                 return True
     return False
 

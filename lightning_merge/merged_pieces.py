@@ -66,7 +66,7 @@ class PieceReader:
     def read(
         self, module: nn.Module, names: Mapping[str, str], transforms: Sequence[Transform], seed: int
     ) -> list[Piece]:
-        """Read every piece, and write θ₀ into the module's parameters.
+        """Read every piece; nothing is written.
 
         Args:
             module: The live module.
@@ -83,6 +83,23 @@ class PieceReader:
             if owners.get(name) == name:
                 pieces.append(self._piece(name, parameters[names[name]], changed))
         return pieces
+
+    def write_base(self, module: nn.Module, names: Mapping[str, str], pieces: Sequence[Piece]) -> None:
+        """Write θ₀ where no scalar will: into buffers, and into parameters that no model has changed.
+
+        Args:
+            module: The live module.
+            names: Its parameters (or buffers) by tensor name.
+            pieces: What :meth:`read` gave.
+        """
+        for piece in pieces:
+            if piece.directions is None:
+                piece.local.copy_(self.part(piece.name, piece.region).reshape(piece.local.shape))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers())
+        for name in self.task_vectors.tensor_names:
+            if names[name] not in parameters:
+                buffers[names[name]].copy_(self.task_vectors.base_tensor(name))
 
     def part(self, name: str, region: tuple[slice, ...], model: str | None = None) -> Tensor:
         """Read this process's part of θ₀, or of one model's weights."""
@@ -105,11 +122,10 @@ class PieceReader:
 
     def _piece(self, name: str, parameter: nn.Parameter, transformed: Tensor | None) -> Piece:
         region, local = local_region(parameter), local_part(parameter)
-        base = self.part(name, region)
-        local.copy_(base.reshape(local.shape))
         directions = self._directions(name, parameter, region, transformed)
         kept: Tensor | None = None
         if directions is not None and self.keep_base:
+            base = self.part(name, region)
             # As stored: half the bytes of a base in bf16, and the same numbers.
             stored = base.to(self.task_vectors.info(name).dtype)
             kept = stored if torch.equal(stored.to(base.dtype), base) else base
@@ -119,13 +135,11 @@ class PieceReader:
     def _owners(self, module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
         """Name, for each tensor that is a parameter, the tensor whose scalars it follows: its own, or a tied one's."""
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        buffers = dict(module.named_buffers())
         first: dict[int, str] = {}
         owners: dict[str, str] = {}
         for name in sorted(self.task_vectors.tensor_names):
             if names[name] not in parameters:
                 self._refuse_changed_buffer(name)
-                buffers[names[name]].copy_(self.task_vectors.base_tensor(name))
                 continue
             owner = first.setdefault(id(parameters[names[name]]), name)
             owners[name] = owner

@@ -114,22 +114,28 @@ class MergedWeights:
             self._pieces = self._reader.read(module, self.names, transforms, seed)
             buffers = dict(module.named_buffers())
             self._statistics = {name: buffers[self.names[name]] for name in follows if name in self.names}
+            merged = {name: task_vectors.unmerged(name) for name in self._statistics}
+            # Everything has been read: what is refused has not touched the module.
+            self._reader.write_base(module, self.names, self._pieces)
             for name, buffer in self._statistics.items():
-                buffer.copy_(task_vectors.unmerged(name))
-        self._sharded = any(is_sharded(piece.parameter) for piece in self._pieces)
+                buffer.copy_(merged[name])
+        self.sharded = any(is_sharded(piece.parameter) for piece in self._pieces)
         # A transform may leave nothing of what a model changed; the model itself has it all the same.
         self._transformed = bool(transforms)
+        # While the module is an individual model, the statistics to come back to.
+        self._away: dict[str, Tensor] | None = None
         self.materialise()
 
     # --- writing --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def materialise(self, values: Tensor | None = None) -> None:
-        """Write θ₀ + Σ λ τ into the module's parameters.
+        """Write θ₀ + Σ λ τ into the module's parameters; after an individual model, everything else that was its.
 
         Args:
             values: All scalars, flat; by default what the learned ones are now.
         """
+        self._come_back()
         values = (self.scalars() if values is None else values).detach().float()
         with self._full_precision():
             for piece in self._pieces:
@@ -145,11 +151,13 @@ class MergedWeights:
         """
         if model not in self.task_vectors:
             raise unknown("model", model, self.task_vectors)
-        pieces = [piece for piece in self._pieces if piece.directions is not None or self._transformed]
-        merged = {name: buffer.clone() for name, buffer in self._statistics.items()}
+        if self._away is None:
+            self._away = {name: buffer.clone() for name, buffer in self._statistics.items()}
         try:
             with torch.no_grad():
-                for piece in pieces:
+                for piece in self._pieces:
+                    if piece.directions is None and not self._transformed:
+                        continue
                     self._copy(piece, self._reader.part(piece.name, piece.region, model))
                 if model in self.task_vectors.models:
                     for name, buffer in self._statistics.items():
@@ -157,12 +165,6 @@ class MergedWeights:
             self._forget_copies()
             yield
         finally:
-            with torch.no_grad():
-                for piece in pieces:
-                    if piece.directions is None:
-                        self._copy(piece, self._reader.part(piece.name, piece.region))
-                for name, buffer in self._statistics.items():
-                    buffer.copy_(merged[name])
             self.materialise()
 
     # --- gradients ------------------------------------------------------------------------------------------------
@@ -226,6 +228,11 @@ class MergedWeights:
         return {piece.name: piece.parameter for piece in self._pieces}
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._pieces[0].local.device if self._pieces else torch.device("cpu")
+
+    @property
     def unchanged(self) -> list[str]:
         """Tensors that no model changed: they are the base's, take no gradient and hold nothing."""
         return [piece.name for piece in self._pieces if piece.directions is None]
@@ -253,15 +260,11 @@ class MergedWeights:
 
     def _zeros(self) -> Tensor:
         """Where contractions come together: on the device of the weights, over which processes are connected."""
-        return torch.zeros(self.scalars().numel(), dtype=torch.float64, device=self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return self._pieces[0].local.device if self._pieces else torch.device("cpu")
+        return torch.zeros(self.scalars().numel(), dtype=torch.float64, device=self.device)
 
     def _full_precision(self) -> torch.autocast:
         """Products of weights are never autocast's, wherever an individual model is asked or a backward pass runs."""
-        return torch.autocast(self._device.type, enabled=False)
+        return torch.autocast(self.device.type, enabled=False)
 
     def _write(self, piece: Piece, values: Tensor) -> None:
         """Write one piece, in the parameter's own memory where its dtype and layout allow."""
@@ -275,6 +278,17 @@ class MergedWeights:
         if not direct:
             local.copy_(out.view(local.shape))
 
+    def _come_back(self) -> None:
+        """Put back what no scalar writes; once more, if this was interrupted."""
+        if self._away is None:
+            return
+        for piece in self._pieces:
+            if piece.directions is None and self._transformed:
+                self._copy(piece, self._reader.part(piece.name, piece.region))
+        for name, buffer in self._statistics.items():
+            buffer.copy_(self._away[name])
+        self._away = None
+
     def _copy(self, piece: Piece, values: Tensor) -> None:
         piece.local.copy_(values.reshape(piece.local.shape))
 
@@ -282,7 +296,7 @@ class MergedWeights:
         """Drop what others have made of the weights as they were."""
         # Autocast keeps low-precision copies of weights for as long as its context lasts, a test step for example.
         torch.clear_autocast_cache()
-        if self._sharded:
+        if self.sharded:
             forget_gathered(self.module)
 
 

@@ -69,15 +69,21 @@ class Objective(ABC):
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of the softmax of each row, ``(B, C)`` to ``(B,)``, in nats and fp32."""
+    """Return the entropy of the softmax of each row, ``(B, C)`` to ``(B,)``, in nats and fp32.
+
+    Classes that are masked, with logits of -inf, add nothing.
+    """
     log_p = logits.float().log_softmax(dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Return the entropy of the mean prediction of a batch, ``(B, C)`` to a scalar; log C nats if classes balance."""
-    log_mean = torch.logsumexp(logits.float().log_softmax(dim=-1), dim=0) - math.log(len(logits))
-    return -(log_mean.exp() * log_mean).sum()
+    log_p = logits.float().log_softmax(dim=-1)
+    # A class that is masked in every row adds nothing; where all of a sum is -inf, its gradient would be NaN.
+    masked = (log_p == -math.inf).all(dim=0)
+    log_mean = torch.logsumexp(log_p.masked_fill(masked, 0.0), dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean.masked_fill(masked, 0.0)).sum()
 
 
 @dataclass
@@ -153,7 +159,8 @@ class Distillation(Objective):
         assert outputs.individual.logits is not None
         target = (outputs.individual.logits.float() / self.temperature).softmax(dim=-1)
         log_p = (outputs.logits.float() / self.temperature).log_softmax(dim=-1)
-        return -(target * log_p).sum(dim=-1).mean() * self.temperature**2
+        # What the individual model rules out adds nothing, also where this model masks it.
+        return -(target * log_p.masked_fill(target == 0, 0.0)).sum(dim=-1).mean() * self.temperature**2
 
 
 @dataclass

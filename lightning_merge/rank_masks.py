@@ -201,7 +201,8 @@ class RankMasks(Components):
             own, other = singular_factors(matrix, rank)
             left[task], right[task] = own[rows], other
             if rest is not None:
-                rest[task] = (matrix[rows].to(own) - own[rows] @ other).reshape(-1)
+                # Of the factors as they are stored: the sum is the task vector, whatever they are rounded to.
+                rest[task] = (matrix[rows].to(own) - left[task].to(own) @ right[task].to(own)).reshape(-1)
         leading = SingularDirections(left, right)
         return leading if rest is None else LeadingAndRest(leading, rest)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import yaml
 
 from lightning_merge.adapt_settings import AdaptSettings
 from lightning_merge.data import Corruption, TaskData
@@ -143,8 +146,14 @@ class RunSettings:
         self.finetune.check("finetune")
         for name, variant in self.variants.items():
             self._check_variant(name, variant)
-        names = [spec.name for spec in self.merges] + [spec.name for spec in self.adapt]
+        merged = [spec.name for spec in self.merges]
+        names = merged + [spec.name for spec in self.adapt]
         for name in names:
+            if names.count(name) > merged.count(name) > 0:
+                raise UserError(
+                    f"The adaptation's name '{name}' is taken by a merge, which has the folder merged/{name}. "
+                    "Expected each name once among merges and adaptations."
+                )
             if names.count(name) > 1 or name in {"pretrained", "individual"} or not _is_name(name):
                 raise UserError(
                     f"The merge's name '{name}' cannot be used. Expected letters, digits, - and _, each name "
@@ -202,6 +211,37 @@ class RunSettings:
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Add the settings of a run to a parser."""
     parser.add_class_arguments(RunSettings, None)
+
+
+def check_entries(arguments: Sequence[str]) -> None:
+    """Refuse an entry of ``merges`` or ``adapt`` in a configuration that has a setting which is not one.
+
+    The parser refuses it, too, without saying which entry it is.
+
+    Args:
+        arguments: The options of ``run``.
+
+    Raises:
+        UserError: With the entry's name, the setting and the nearest spelling.
+    """
+    kinds = {"merges": MergeSettings, "adapt": AdaptSettings}
+    for position, argument in enumerate(arguments):
+        name, sign, value = argument.partition("=")
+        if name != "--config":
+            continue
+        path = Path(value if sign else "".join(arguments[position + 1 : position + 2]))
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the parser says what is wrong with it
+        for part, kind in kinds.items():
+            entries = content.get(part) if isinstance(content, dict) else None
+            known = [spec.name for spec in fields(kind)]
+            for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+                for key in entry if isinstance(entry, dict) and not entry.keys() <= {"class_path", "init_args"} else ():
+                    if key not in known:
+                        called = f"'{entry['name']}'" if "name" in entry else f"number {number + 1}"
+                        raise unknown(f"setting of the entry {called} in {part}", str(key), known)
 
 
 def _changed(step: MergeMethod, setting: str, value: Any, merge_name: str) -> MergeMethod:

@@ -19,6 +19,7 @@ from lightning_merge.data import Corruption
 from lightning_merge.errors import UserError
 from lightning_merge.evaluation import ModelFacts, Results, Score, predict, score_model, show, write_plots
 from lightning_merge.modules import Encoder, HeadInfo, load_head
+from lightning_merge.modules.adaptation_record import read_record, selection_of
 from lightning_merge.modules.corrected import corrected_encoder
 from lightning_merge.modules.correctors import FILE as CORRECTORS
 from lightning_merge.modules.correctors import Correctors
@@ -61,7 +62,7 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
     options, _ = build(parser, ["--config", kept])
     settings = RunSettings.of(options)
     made_from = {task: settings.data.fingerprint(task) for task in settings.data.task_names} if models else {}
-    recorded = json.loads((folder / DATA_RECORD).read_text(encoding="utf-8")) if models else {}
+    recorded = _scored_rows(folder) if models else {}
     for task in made_from:
         if made_from[task] != recorded.get(task):
             raise UserError(
@@ -77,7 +78,7 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
             raise UserError(
                 f"Model '{name}' ({reference}) is no Hugging Face folder. Expected config.json beside weights."
             )
-        facts = ModelFacts(name, stored_parameters=source.numel, active_parameters=source.numel, method="given")
+        facts = given_facts(name, source.folder, source.numel)
         scores = folder_scores(settings, name, source.folder, folder / "heads", settings.data.task_names)
         results.add(replace(facts, seconds=time.monotonic() - started), scores, replace=True)
     show(results)
@@ -86,6 +87,41 @@ def evaluate_run(folder: Path, models: Mapping[str, str], output: Path | None) -
         results.save(output)
         write_plots(results, output / "plots")
     return 0
+
+
+def given_facts(name: str, folder: Path, size: int) -> ModelFacts:
+    """Say of a model that is given as a folder what is recorded beside its weights.
+
+    Args:
+        name: What it is called in the table.
+        folder: Its folder; one that was adapted says in ``adaptation.json`` what was learned from which rows.
+        size: Its stored parameters, where the folder says nothing else.
+    """
+    record = read_record(folder)
+    return ModelFacts(
+        name,
+        method=str(record.get("method", "given")),
+        selection=selection_of(folder, record),
+        trained_parameters=int(record.get("trained_parameters", 0)),
+        stored_parameters=int(record.get("stored_parameters", size)),
+        active_parameters=int(record.get("active_parameters", size)),
+        needs_task=(folder / CORRECTORS).is_file(),
+    )
+
+
+def _scored_rows(folder: Path) -> dict[str, str]:
+    """Read the fingerprints of the rows that a run was scored on."""
+    try:
+        found = json.loads((folder / DATA_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"The run '{folder}' does not say which rows it was scored on: '{DATA_RECORD}' is missing or damaged. "
+            f"Write it again with lightning-merge run --config {folder / 'run.yaml'} --output {folder}, which does "
+            "nothing again that is done."
+        )
+    return found
 
 
 def folder_scores(settings: RunSettings, name: str, folder: Path, heads: Path, tasks: list[str]) -> list[Score]:

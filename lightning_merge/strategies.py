@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightning_merge.errors import UserError
+from lightning_merge.shards import distributed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -31,13 +32,19 @@ _WORKING = "strategy='auto', 'ddp', or ModelParallelStrategy(data_parallel_size=
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse strategies and precisions that learned merges cannot work with.
+    """Refuse accelerators, strategies and precisions that learned merges cannot work with.
 
     Raises:
-        UserError: Names the strategy or precision and what works.
+        UserError: Names the accelerator, strategy or precision and what works.
     """
     from lightning.pytorch import strategies
+    from lightning.pytorch.accelerators import MPSAccelerator
 
+    if isinstance(getattr(trainer, "accelerator", None), MPSAccelerator):
+        raise UserError(
+            "Learned merges do not work on the accelerator 'mps', which has no fp64 to add gradients up in "
+            "(accelerator='auto' chooses it on a Mac). Expected accelerator='cpu', or 'gpu' with CUDA."
+        )
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy, strategies.FSDPStrategy):
@@ -106,6 +113,16 @@ def prepare(
             return _load_without_learned(load, module, checkpoint_path, weights_only, check)
 
         overrides.set(strategy, "load_checkpoint", load_checkpoint)
+        weights = strategy.lightning_module_state_dict
+
+        def lightning_module_state_dict() -> dict[str, Any]:
+            # A distributed checkpoint keeps what is learned: its optimizer states are loaded by name.
+            held = weights()
+            if strategy._save_distributed_checkpoint:
+                return held
+            return {name: value for name, value in held.items() if not name.startswith(HOME + ".")}
+
+        overrides.set(strategy, "lightning_module_state_dict", lightning_module_state_dict)
 
 
 def house(trainer: Trainer, module: LightningModule, learned: nn.Module, overrides: Overrides) -> None:
@@ -125,29 +142,33 @@ def gathering(module: nn.Module, name: str) -> Any:
     return vars(module).pop(name)
 
 
-def strip(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Take what is learned out of the weights of a checkpoint in one file, which a plain module then loads.
-
-    A distributed checkpoint keeps it: its optimizer states are loaded by name.
-    """
-    if is_sharding(trainer) and not trainer.strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
-        for name in [name for name in checkpoint["state_dict"] if name.startswith(HOME + ".")]:
-            del checkpoint["state_dict"][name]
-
-
 def broadcast_from_first(module: nn.Module) -> None:
     """Give every process the parameters and buffers of the first, as DistributedDataParallel does when it wraps."""
     for tensor in [*module.parameters(), *module.buffers()]:
         torch.distributed.broadcast(tensor.detach(), src=0)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average over data-parallel processes; the same numbers everywhere."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def processes() -> int:
+    """How many data-parallel processes there are."""
+    return torch.distributed.get_world_size() if distributed() else 1
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum over data-parallel processes; the same numbers everywhere."""
+    if distributed():
         values = values.clone()
         torch.distributed.all_reduce(values)
-        values /= torch.distributed.get_world_size()
     return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average over data-parallel processes; the same numbers everywhere."""
+    return sum_over_processes(values) / processes()
+
+
+def _safely(weights_only: bool | None) -> bool:
+    """What is not said otherwise is loaded without running code, whatever the version of torch."""
+    return True if weights_only is None else weights_only
 
 
 def _load_without_learned(
@@ -161,9 +182,9 @@ def _load_without_learned(
     strict, before = module.strict_loading, module._strict_loading
     if Path(path).is_dir():
         if check is not None:
-            check(torch.load(Path(path) / "meta.pt", map_location="cpu", weights_only=weights_only))
+            check(torch.load(Path(path) / "meta.pt", map_location="cpu", weights_only=_safely(weights_only)))
         return load(path, weights_only=weights_only)
-    checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=_safely(weights_only))
     if check is not None:
         check(checkpoint)
     if strict:

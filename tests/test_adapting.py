@@ -21,6 +21,7 @@ import lightning_merge
 from lightning_merge.cli import main
 from lightning_merge.data import Digits, Task
 from lightning_merge.evaluation import Results
+from lightning_merge.scoring import given_facts
 
 TASKS = ["upright", "rotated"]
 ADAPT: list[dict[str, Any]] = [
@@ -195,6 +196,47 @@ def test_evaluate_scores_what_was_learned(finished: Path, tmp_path: Path) -> Non
         assert [results.accuracy(mine, task) for task in TASKS] == [results.accuracy(own, task) for task in TASKS]
 
 
+@pytest.mark.parametrize("name", ["average", "chosen", "ada", "still", "few", "surgery", "distilled"])
+def test_evaluate_says_what_a_folder_was_learned_from_wherever_it_lies(
+    name: str, finished: Path, tmp_path: Path
+) -> None:
+    run = Results.load(finished).facts(name)
+    inside = finished / "merged" / name
+    facts = given_facts("a", inside, run.stored_parameters)
+    assert facts.selection == run.selection
+    assert (facts.trained_parameters, facts.stored_parameters) == (run.trained_parameters, run.stored_parameters)
+    assert (facts.active_parameters, facts.needs_task) == (run.active_parameters, run.needs_task)
+    if name not in ("average", "chosen"):
+        assert run.method.split("(")[0] in facts.method
+        # Elsewhere only its own record speaks; a start at numbers of a chosen merge is known to its run alone.
+        moved = given_facts("a", Path(shutil.copytree(inside, tmp_path / "elsewhere")), run.stored_parameters)
+        assert moved.selection == ("unlabeled test" if name == "still" else run.selection)
+
+
+def test_a_folder_that_says_nothing_is_not_told_to_be_without_data(finished: Path, tmp_path: Path) -> None:
+    ada = Path(shutil.copytree(finished / "merged" / "ada", tmp_path / "ada"))
+    record = json.loads((ada / "adaptation.json").read_text())
+    (ada / "adaptation.json").write_text(json.dumps({key: record[key] for key in record if key != "selection"}))
+    assert given_facts("a", ada, 1).selection == "not recorded"
+    plain = Path(shutil.copytree(finished / "base", tmp_path / "plain"))
+    assert given_facts("a", plain, 1).selection == "not recorded"
+    merged = Path(shutil.copytree(finished / "merged" / "average", tmp_path / "merged"))
+    assert given_facts("a", merged, 1).selection == "none"
+    text = (merged / "merge.json").read_text().replace("SimpleAverage", "GreedySoup")  # asks validation rows
+    (merged / "merge.json").write_text(text)
+    assert given_facts("a", merged, 1).selection == "not recorded"
+
+
+def test_evaluate_without_the_rows_that_were_scored_says_how_to_write_them(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / ".stages" / "scored_rows").unlink()
+    assert main(["evaluate", "--run", str(copied), "--models", f"{{a: {copied / 'merged/ada'}}}"]) == 2
+    shown = capsys.readouterr().err
+    assert "scored_rows" in shown and f"--output {copied}" in shown and "Traceback" not in shown
+    assert main(["evaluate", "--run", str(copied)]) == 0  # the table alone compares nothing
+
+
 # --- done once ----------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +283,10 @@ def test_a_failing_adaptation_leaves_the_others(copied: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ({"name": "average"}, "each name once"),
+        ({"name": "average"}, "The adaptation's name 'average' is taken by a merge"),
+        ({"name": "a", "lerning_rate": 1}, "the entry 'a' in adapt 'lerning_rate'"),
+        ({"name": "a", "lerning_rate": 1}, "Did you mean 'learning_rate'?"),
+        ({"lerning_rate": 1}, "the entry number 1 in adapt"),
         ({"name": "a", "what": "Surgary", "over": "average"}, "Did you mean 'Surgery'?"),
         ({"name": "a", "what": "Surgery"}, "Expected over: one of average, chosen"),
         ({"name": "a", "what": "Surgery", "over": "avrage"}, "Did you mean 'average'?"),

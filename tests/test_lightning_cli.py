@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,25 @@ def finished(fitted: Path, base: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("config", ["adamerging", "adamerging_pp"])
 def test_a_run_fills_in_models_heads_and_data(
-    config: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(__file__).parents[1] / "configs" / "adapt" / f"{config}.yaml"
     arguments = ["fit", "--config", str(path), "--run", str(finished), "--model.output", str(tmp_path / "out"), *QUIET]
-    assert main([*arguments, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
+    arguments += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        assert main(arguments) == 0
+    [told] = [line for line in caplog.messages if line.startswith("The merged model is in ")]
+    assert f"in {tmp_path / 'out'} (" in told and "was replaced" not in told
+    assert f"lightning-merge evaluate --run {finished} --models '{{out: {tmp_path / 'out'}}}'" in told
+    # No path is told that is gone when the command ends.
+    assert not any("out.trace" in line for line in caplog.messages)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        assert main(arguments) == 0
+    assert "an earlier folder was replaced" in "".join(caplog.messages)
     assert (tmp_path / "out" / "coefficients.safetensors").is_file()
     record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     assert record["steps"] == 2  # 20 rows, 16 at a time
+    assert (record["split"], record["selection"]) == ("test", "unlabeled test")
     model = lightning_merge.load(tmp_path / "out")
     assert model.tasks == ["upright"]
     kept = [step["class_path"] for step in yaml.safe_load((tmp_path / "out" / "merge.yaml").read_text())["transforms"]]
@@ -186,6 +198,22 @@ def test_what_cannot_be_learned_is_told_in_one_sentence(
     assert main(["fit", *given]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-merge fit: error: ")]
     assert len(lines) == 1 and told in lines[0]
+
+
+@pytest.mark.parametrize("config", ["adamerging", "adamerging_pp", "distilled", "surgery"])
+def test_an_adaptation_without_a_run_is_told_that_the_run_is_missing(
+    config: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(Path(__file__).parents[1] / "configs" / "adapt" / f"{config}.yaml")
+    assert main(["fit", "--config", path]) == 2
+    assert "Missing: --run FOLDER, the output of lightning-merge run" in capsys.readouterr().err
+    assert main(["fit", "--model.base", "x", "--config", path]) == 2
+    capsys.readouterr()
+    shutil.copytree(finished / "base", finished / "merged" / "task_arithmetic", dirs_exist_ok=True)
+    assert main(["fit", "--config", path, "--run", str(finished), "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["model"]["init_args"]["output"] == f"runs/{config}"
+    assert settings["trainer"]["enable_model_summary"] is False
 
 
 def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_merge import strategies
 from lightning_merge.adaptation import Remember
 from lightning_merge.callbacks.answers import Answers, Part
-from lightning_merge.callbacks.checks import check_setting, check_stream
+from lightning_merge.callbacks.checks import check_remembered, check_setting, check_stream
 from lightning_merge.callbacks.learning import keep_evaluation
 from lightning_merge.callbacks.online import OnlineMerge, When, check_online
 from lightning_merge.callbacks.overrides import is_overridden, take_over
@@ -43,8 +43,10 @@ class AdaMerging(OnlineMerge):
 
     Checkpoints load, strictly, into the plain module; the coefficients are in the callback's own state. Length is best
     given in epochs (``max_epochs`` with ``limit_train_batches``): Lightning repeats batches when it resumes elsewhere.
-    Each ``fit`` starts at ``initial``; ``test`` and ``predict`` at what the last ``fit`` has learned. Under strategies
-    that start processes of their own (``ddp_spawn``) attributes stay there: read coefficients from the checkpoint.
+    Coefficients of what no answer depends on, such as the biases of attention's keys, have a gradient of 0 but for
+    rounding, which Adam scales up: they wander, and the answers stay. Each ``fit`` starts at ``initial``; ``test`` and
+    ``predict`` at what the last ``fit`` has learned. Under strategies that start processes of their own (``ddp_spawn``)
+    attributes stay there: read coefficients from the checkpoint.
 
     Args:
         task_vectors: The models over their base, or ``{base: ..., models: {name: ...}}`` to open.
@@ -75,7 +77,8 @@ class AdaMerging(OnlineMerge):
         keep_base: Keep the base in memory, or read it again from its file at each step.
         prefix: What stands before the tensors' names in the module; found out by default.
         names: The module's parameter for each tensor, where names differ otherwise.
-        individuals: Where an objective asks for the fine-tuned models' answers: ``computed`` each time, or ``cached``.
+        individuals: Where an objective asks for the fine-tuned models' answers: ``computed`` each time, or ``cached``
+            (not under sharding).
         online: Learn during ``Trainer.test`` and ``Trainer.predict`` too: each batch is predicted ``before`` it is
             learned from, or ``after``; ``none`` for not.
         max_bad_steps: Steps in a row with a NaN or infinite loss that are skipped before the fit is stopped.
@@ -186,7 +189,10 @@ class AdaMerging(OnlineMerge):
         self._undo()
         check_setting(trainer, pl_module, self)
         strategies.check_trainer(trainer)
-        self._answers.check(pl_module, self.tasks, frozenset().union(*(o.needs for o in self.objectives)))
+        needs: frozenset[str] = frozenset().union(*(objective.needs for objective in self.objectives))
+        self._answers.check(pl_module, self.tasks, needs)
+        if "individual" in needs:
+            check_remembered(trainer, self._remember)
         if stage == "fit":
             check_stream(trainer, self.tasks)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge.adaptation import Adaptation
 from lightning_merge.callbacks.collapse_guard import CollapseGuard
@@ -25,31 +25,42 @@ class AdaptationTrace(L.Callback):
     Loggers get ``coefficients/<model>/<group>`` and ``coefficients/drift``: means over the tensors of a layer where
     there are more than 200 coefficients, and means over all where there are more than 200 layers and models. At the end
     of a fit ``trace.png`` (the terms that are minimised, drift, and the signs of a :class:`CollapseGuard` if there is
-    one) and ``coefficients.png`` (a heat map) are written, each with its numbers as CSV beside it.
+    one) and ``coefficients.png`` (a heat map) are written, each with its numbers as CSV beside it. Steps are recorded
+    as they were learned: what a guard has put back shows in ``coefficients.png`` only. Nothing is recorded outside
+    ``fit``.
 
     Args:
         folder: Where to; by default the log directory of the trainer's first logger. Nothing is written without both.
         every_n_steps: Optimizer steps from one record to the next, at least 1.
+        announce: Whether to say where the pictures are; not where somebody moves them.
 
     Raises:
         UserError: The setting is out of range, or nothing in the fit learns a merge.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, every_n_steps: int = 10) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, every_n_steps: int = 10, announce: bool = True
+    ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise UserError(
                 f"AdaptationTrace: every_n_steps must be a whole number of at least 1, got {every_n_steps}."
             )
-        self.folder, self.every_n_steps = folder, every_n_steps
+        self.folder, self.every_n_steps, self.announce = folder, every_n_steps, announce
         self.rows: list[TraceRow] = []
         self._start: dict[str, dict[str, float]] | None = None
         self._seen = -1
+        self._warned = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget what an earlier fit has left, and check that something learns."""
         if stage == "fit":
             adaptation_of(trainer, pl_module)
             self.rows, self._start, self._seen = [], None, -1
+        elif stage in ("test", "predict") and not self._warned:
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if any(getattr(other, "online", "none") != "none" for other in callbacks):
+                self._warned = True
+                rank_zero_warn("AdaptationTrace records a fit only: nothing is drawn of what is learned online.")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -74,15 +85,17 @@ class AdaptationTrace(L.Callback):
             name = f"minimised: {term}"
             self.rows += [TraceRow(step, name, task, value) for task, value in by_task.items()]
             self.rows.append(TraceRow(step, name, "", sum(by_task.values()) / max(1, len(by_task))))
-        self.rows.append(TraceRow(step, "drift", "", adaptation.drift()))
-        self._log_coefficients(trainer, adaptation)
+        seen = _put_back(_guard_of(trainer), step)
+        self.rows.append(TraceRow(step, "drift", "", adaptation.drift() if seen is None else seen))
+        if seen is None:
+            self._log_coefficients(trainer, adaptation)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the pictures, of the state in which the guard leaves the merge."""
         folder = self.folder
         if folder is None and trainer.loggers:
             folder = trainer.log_dir  # asked in every process
-        guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
+        guard = _guard_of(trainer)
         if guard is not None:
             guard.conclude(trainer, pl_module)
         table = adaptation_of(trainer, pl_module).table()
@@ -101,7 +114,7 @@ class AdaptationTrace(L.Callback):
             written.append(plot_trace(rows, Path(folder) / "trace.png", **marks))
         if table:
             written.append(plot_coefficients(table, Path(folder) / "coefficients.png", self._start))
-        if written:
+        if written and self.announce:
             rank_zero_info(f"AdaptationTrace: {' and '.join(path.name for path in written)} in {folder}.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +138,17 @@ class AdaptationTrace(L.Callback):
         logged["coefficients/drift"] = adaptation.drift()
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
+
+
+def _guard_of(trainer: L.Trainer) -> CollapseGuard | None:
+    return next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
+
+
+def _put_back(guard: CollapseGuard | None, step: int) -> float | None:
+    """Return the drift that a guard has seen at this step, where it has put another state back since."""
+    if guard is None or not guard.rolled_back or not guard.history or guard.history[-1]["step"] != step:
+        return None
+    return float(guard.history[-1]["drift"])
 
 
 def _signs(guard: CollapseGuard) -> list[TraceRow]:

@@ -108,7 +108,18 @@ class Answers:
         method = module if name == "forward" else gathering(module, name)
         if name not in self._takes_task:
             self._takes_task[name] = "task" in inspect.signature(getattr(module, name)).parameters
-        return method(inputs, task=task) if self._takes_task[name] else method(inputs)
+        given = {"task": task} if self._takes_task[name] else {}
+        if self._inputs is not None or not isinstance(inputs, Mapping):
+            return method(inputs, **given)
+        try:
+            return method(inputs, **given)
+        except (AttributeError, TypeError) as error:  # what tensors can and dicts cannot
+            key = next((key for key in inputs if key not in LABEL_KEYS), "image")
+            raise UserError(
+                f"'{name}' was given the whole batch of the task '{task}', a dict with the keys "
+                f"{', '.join(map(str, inputs))}, and failed with {type(error).__name__}: {error}. Expected inputs= "
+                f"with the key of what it takes, as in inputs={key!r}, or a method that takes such a dict."
+            ) from error
 
 
 def check_outputs(outputs: Outputs, needs: frozenset[str], method: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from lightning_merge import strategies
+from lightning_merge.adaptation import Remember
 from lightning_merge.correspondence import parameter_names
 from lightning_merge.errors import UserError, nearest
 from lightning_merge.merged_pieces import statistics
@@ -20,6 +22,26 @@ def check_setting(trainer: L.Trainer, module: L.LightningModule, callback: Any) 
 
     Raises:
         UserError: Any of them.
+    """
+    check_objects(trainer, module, callback)
+    if callback.task_vectors.base is None:
+        raise UserError(
+            "AdaMerging moves from a pretrained base, and the task vectors have none. Expected "
+            "TaskVectors.open(base=..., models=...)."
+        )
+    strangers = [finding.message for finding in callback.task_vectors.findings if finding.about == "base"]
+    if strangers:
+        raise UserError(
+            f"{strangers[0]} Task vectors over another base lead nowhere; TaskVectors.open(..., check=False) says that "
+            "you know better."
+        )
+
+
+def check_objects(trainer: L.Trainer, module: L.LightningModule, callback: L.Callback) -> None:
+    """Refuse objects of another Lightning, and a second callback of the kind.
+
+    Raises:
+        UserError: Either of them.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for what, thing in (
@@ -38,17 +60,6 @@ def check_setting(trainer: L.Trainer, module: L.LightningModule, callback: Any) 
         raise UserError(
             f"There are {len(own)} callbacks {type(callback).__name__} in one trainer, and a module holds one merge. "
             "Expected one callback, with all tasks."
-        )
-    if callback.task_vectors.base is None:
-        raise UserError(
-            "AdaMerging moves from a pretrained base, and the task vectors have none. Expected "
-            "TaskVectors.open(base=..., models=...)."
-        )
-    strangers = [finding.message for finding in callback.task_vectors.findings if finding.about == "base"]
-    if strangers:
-        raise UserError(
-            f"{strangers[0]} Task vectors over another base lead nowhere; TaskVectors.open(..., check=False) says that "
-            "you know better."
         )
 
 
@@ -86,6 +97,19 @@ def check_stream(trainer: L.Trainer, tasks: Sequence[str], loaded: bool = False)
         )
 
 
+def check_remembered(trainer: L.Trainer, remember: Remember) -> None:
+    """Refuse answers that are remembered by row where all processes have to ask together.
+
+    Raises:
+        UserError: The module is sharded, and answers of the individual models are cached.
+    """
+    if remember == "cached" and strategies.is_sharding(trainer):
+        raise UserError(
+            f"Individual answers cannot be cached under {type(trainer.strategy).__name__}: a process that knows its "
+            "rows would not join the others in gathering the shards. Expected individuals='computed'."
+        )
+
+
 def check_module(
     module: L.LightningModule,
     task_vectors: TaskVectors,
@@ -113,6 +137,14 @@ def check_module(
     named = dict(module.named_parameters(remove_duplicate=False))
     covered = {id(named[target]) for target in names.values() if target in named}
     covered |= {id(parameter) for part in covered_by for parameter in part.parameters()}
+    for pattern in ignore:
+        fitting = [name for name, _ in module.named_parameters() if ignored(name, [pattern])]
+        if not fitting or all(id(named[name]) in covered for name in fitting):
+            raise UserError(
+                f"The pattern '{pattern}' to ignore fits {'only merged parameters or heads' if fitting else 'none'} of "
+                f"the parameters of {type(module).__name__}. Expected patterns of parameters that stay as they are; "
+                "what the task vectors hold is left out with TaskVectors.open(..., ignore=[...])."
+            )
     rest = [
         name
         for name, parameter in module.named_parameters()

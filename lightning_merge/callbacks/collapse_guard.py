@@ -201,7 +201,11 @@ class CollapseGuard(L.Callback):
                 best = self._read(watched.answers(trainer, pl_module, adaptation))
             finally:
                 adaptation.restore(now)
-            self._best_score, self._best_reading = self._rules.score(best), best
+            # Other batches than those that it was chosen on may find it worse than the start.
+            if self._rules.score(best) >= self._best_score:
+                self._best_score, self._best_reading = self._rules.score(best), best
+            else:
+                self._best, self.best_step = self._initial, self.history[0]["step"]
 
     def _read(self, logits: Mapping[str, Tensor]) -> Reading:
         return read(logits, self._watched.start, self._watched.individual)

@@ -51,7 +51,7 @@ class Corrections(L.Callback):
     # --- inference ------------------------------------------------------------------------------------------------
 
     def activate(self, task: str, module: nn.Module | None = None) -> None:
-        """Correct the module's representations for one task from now on.
+        """Correct the module's representations for one task from now on, until it is fitted again.
 
         Args:
             task: The task, which correctors cannot find out by themselves.

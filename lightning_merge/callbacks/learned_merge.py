@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_merge import strategies
 from lightning_merge.adaptation import Individuals, Remember
 from lightning_merge.callbacks.answers import Answers
 from lightning_merge.callbacks.checks import check_module
@@ -107,10 +106,6 @@ class LearnedMerge(L.Callback):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave the module's own weights in the checkpoint, no more."""
-        strategies.strip(trainer, checkpoint)
-
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on from a checkpoint of something else."""
         if trainer.state.fn == "fit":
@@ -173,7 +168,7 @@ class LearnedMerge(L.Callback):
         self.merged = MergedWeights(module, self.task_vectors, self.scalars, names=names, **self._weights)
         self.merged.attach()
         self._learning = Learning(
-            self.merged, self.objectives, self.answer, individuals, self._answers.logits, self.max_bad_steps
+            self.merged, self.tasks, self.objectives, self.answer, individuals, self._answers.logits, self.max_bad_steps
         )
         change.later(self._end)
         for optimizer in trainer.optimizers:
@@ -194,7 +189,7 @@ class LearnedMerge(L.Callback):
 
     def _provenance(self) -> dict[str, Any]:
         if self._of is None:
-            self._of = provenance(self.task_vectors, self._weights["transforms"], self.scalars)
+            self._of = provenance(self.task_vectors, self._weights["transforms"], self.scalars, self.objectives)
         return self._of
 
     def _refuse_other_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

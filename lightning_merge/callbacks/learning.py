@@ -25,6 +25,7 @@ class Learning:
 
     Args:
         merged: The merged module.
+        tasks: All tasks, in an order that is the same in all processes.
         objectives: What is minimised: their weighted sum, averaged over the tasks.
         answer: The module's answer for a task and a batch.
         individuals: Those of the individual models.
@@ -39,13 +40,14 @@ class Learning:
     def __init__(
         self,
         merged: MergedWeights,
+        tasks: Sequence[str],
         objectives: Sequence[Objective],
         answer: Callable[[str, Any], Outputs],
         individuals: Individuals,
         method: str,
         max_bad_steps: int,
     ) -> None:
-        self.merged, self.objectives = merged, objectives
+        self.merged, self.tasks, self.objectives = merged, tuple(tasks), objectives
         self._scalars: Any = merged.scalars
         self._answer, self._individuals = answer, individuals
         self._method, self._most = method, max_bad_steps
@@ -60,23 +62,29 @@ class Learning:
         """Return the loss over all tasks, of which only the last task's part is still to go backward.
 
         The other tasks have gone backward, so that the activations of one task live at a time; the gradients of the
-        weights add up and are contracted once, in the last backward.
+        weights add up and are contracted once, in the last backward. Each task counts alike, and so does each process
+        that has a batch of it.
 
         Args:
-            batches: A batch for each task.
+            batches: A batch for each task, or for some of them.
             divide: What the caller divides the loss by before its backward: batches that are accumulated.
+
+        Raises:
+            UserError: A process has a batch of no task; or not all have batches of the same ones, and the module is
+                sharded.
         """
         if self._written != self._version():  # an optimizer that asks for several losses a step
             self.materialise()
         tasks = list(batches)
-        if not tasks:
-            raise UserError("A batch of the stream holds no task. Expected one with a batch for each task.")
+        having = self._having(tasks)
+        processes, present = strategies.processes(), sum(number > 0 for number in having.values())
         self.merged.keep_gradients = True
         terms: list[Tensor] = []
         total: Tensor | float = 0.0
         for task in tasks:
             values, loss = self._terms(task, batches[task])
-            loss = loss / len(tasks)
+            # Gradients are averaged over all processes, also over those without a batch of this task.
+            loss = loss * (processes / having[task]) / present
             terms.append(values)
             if task == tasks[-1]:
                 break
@@ -85,7 +93,7 @@ class Learning:
             with torch.autocast(loss.device.type, enabled=False):
                 (loss / divide).backward()
         self.merged.keep_gradients = False
-        self._note(tasks, torch.stack(terms))
+        self._note(having, dict(zip(tasks, terms, strict=True)))
         return loss + total
 
     def gradient(self) -> bool:
@@ -125,9 +133,11 @@ class Learning:
 
     def close(self) -> None:
         """Leave the module merged, without hooks."""
-        if self._written != self._version():
+        # Whatever has interrupted the run may have done so while weights were being written.
+        try:
             self.materialise()
-        self.merged.detach()
+        finally:
+            self.merged.detach()
 
     def _terms(self, task: str, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the terms of one task, without gradient, and their weighted sum."""
@@ -140,9 +150,30 @@ class Learning:
         weights = torch.tensor([objective.weight for objective in self.objectives], device=terms.device)
         return terms.detach(), (terms * weights.to(terms.dtype)).sum()
 
-    def _note(self, tasks: Sequence[str], terms: Tensor) -> None:
-        """Keep the terms ``(T, objectives)``, averaged over processes, and the tasks whose loss is not finite."""
-        values = strategies.mean_over_processes(terms).t().tolist()
+    def _having(self, tasks: Sequence[str]) -> dict[str, int]:
+        """Return how many processes have a batch of each task, the same everywhere; what cannot work all refuse."""
+        here = [float(task in tasks) for task in self.tasks]
+        counted = torch.tensor([*here, float(not tasks)], device=self.merged.device)
+        *counts, without = (round(number) for number in strategies.sum_over_processes(counted).tolist())
+        if without:
+            raise UserError("A batch of the stream holds no task. Expected one with a batch for each task.")
+        having = dict(zip(self.tasks, counts, strict=True))
+        uneven = [task for task, number in having.items() if 0 < number < strategies.processes()]
+        if uneven and self.merged.sharded:
+            raise UserError(
+                f"Only {having[uneven[0]]} of {strategies.processes()} processes have a batch of the task "
+                f"'{uneven[0]}', and a sharded module answers in all of them together. Expected loaders that give "
+                "each process equally many batches of a task."
+            )
+        return having
+
+    def _note(self, having: Mapping[str, int], terms: Mapping[str, Tensor]) -> None:
+        """Keep the terms, averaged over the processes that have the task, and the tasks whose loss is not finite."""
+        tasks = [task for task, number in having.items() if number]
+        none = torch.zeros_like(next(iter(terms.values())))
+        summed = strategies.sum_over_processes(torch.stack([terms.get(task, none) for task in tasks]))
+        counts = torch.tensor([float(having[task]) for task in tasks], device=summed.device)
+        values = (summed / counts[:, None]).t().tolist()
         names = [objective.name for objective in self.objectives]
         self.last = {name: dict(zip(tasks, row, strict=True)) for name, row in zip(names, values, strict=True)}
         for row in values:

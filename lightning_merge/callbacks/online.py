@@ -99,10 +99,11 @@ class OnlineMerge(LearnedMerge):
 
 
 def check_online(trainer: L.Trainer, stage: str) -> None:
-    """Refuse inference mode: its tensors cannot be used in a backward pass.
+    """Refuse inference mode, whose tensors no backward pass can use, and predictions in several processes.
 
     Raises:
-        UserError: The trainer runs this stage in inference mode.
+        UserError: The trainer runs this stage in inference mode; or it predicts in several processes, of which
+            Lightning gives some a batch less than others.
     """
     stage = str(getattr(stage, "value", stage))
     loop = trainer.test_loop if stage == "test" else trainer.predict_loop
@@ -110,6 +111,12 @@ def check_online(trainer: L.Trainer, stage: str) -> None:
         raise UserError(
             f"AdaMerging cannot learn during Trainer.{stage}, which runs in inference mode. Expected "
             "Trainer(inference_mode=False)."
+        )
+    if stage == "predict" and trainer.world_size > 1:
+        raise UserError(
+            f"AdaMerging cannot learn during Trainer.predict in {trainer.world_size} processes: they get unequal "
+            "numbers of batches, and each step needs all of them. Expected devices=1, or Trainer.test, or a fit first "
+            "and online='none'."
         )
 
 

@@ -10,8 +10,10 @@ from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights import sha256_of_source
 
 
-def provenance(task_vectors: TaskVectors, transforms: Sequence[Any], scalars: Any) -> dict[str, Any]:
-    """Describe models, base, transforms and what is learned, as plain data.
+def provenance(
+    task_vectors: TaskVectors, transforms: Sequence[Any], scalars: Any, objectives: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Describe models, base, transforms, what is learned and what for, as plain data.
 
     Cost: one read of all models, the first time on a machine; hashes are remembered.
     """
@@ -21,6 +23,8 @@ def provenance(task_vectors: TaskVectors, transforms: Sequence[Any], scalars: An
         "base": None if task_vectors.base is None else sha256_of_source(task_vectors.base),
         "models": {name: None if source is None else sha256_of_source(source) for name, source in models.items()},
         "transforms": [repr(transform) for transform in transforms],
+        "objectives": [repr(objective) for objective in objectives],
+        "constraint": str(getattr(scalars, "constraint", None)),
         "kind": type(scalars).__name__,
         "shapes": {name: list(values.shape) for name, values in scalars.state_dict().items()},
     }
@@ -57,10 +61,13 @@ def refuse_other(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
             f"The checkpoint is of task vectors transformed by {', '.join(found['transforms']) or 'nothing'}, "
             f"AdaMerging transforms them by {', '.join(own['transforms']) or 'nothing'}. {tail}"
         )
+    for what in ("constraint", "objectives"):
+        if own[what] != found[what]:
+            raise UserError(f"The checkpoint was learned with {what} {found[what]}, now it is {own[what]}. {tail}")
     if (own["kind"], own["shapes"]) != (found["kind"], found["shapes"]):
         raise UserError(
             f"The checkpoint holds {found['kind']} of shape {_shapes(found)}, AdaMerging learns {own['kind']} of "
-            f"shape {_shapes(own)} (by, constraint or scalars differ). {tail}"
+            f"shape {_shapes(own)} (by or scalars differ). {tail}"
         )
 
 

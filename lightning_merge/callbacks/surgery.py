@@ -7,6 +7,7 @@ those of the task's individual model.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_merge import strategies
 from lightning_merge.adaptation import Individuals
 from lightning_merge.callbacks.answers import Answers, Part
+from lightning_merge.callbacks.checks import check_objects
 from lightning_merge.callbacks.corrections import Corrections
 from lightning_merge.callbacks.overrides import Overrides, take_over
 from lightning_merge.errors import UserError, unknown
@@ -48,12 +51,14 @@ class Surgery(Corrections):
     tasks share a number, that is the same as a step for each task in turn. Validation during ``fit`` sees the merge
     without correctors, for no task is named there.
 
-    At inference the task must be named: ``with surgery.task("cars"): module(images)``, or :meth:`activate`.
+    At inference the task must be named: ``with surgery.task("cars"): module(images)``, or :meth:`activate`, which a
+    further ``fit`` ends. A further ``fit`` of the same module goes on from the correctors that are there; on another
+    module they begin anew.
 
     The correctors are the callback's own state: checkpoints load into the plain module, and a run goes on where it
-    was. Under ``ddp`` each process takes its own rows and the correctors' gradients are averaged; sharded strategies
-    are refused, since an individual model takes the merged one's place whole. Strategies that fork or spawn leave
-    nothing in the process that called ``fit``: give ``path``.
+    was. Under ``ddp`` each process takes its own rows and a task's gradients are averaged over the processes that have
+    rows of it; sharded strategies are refused, since an individual model takes the merged one's place whole.
+    Strategies that fork or spawn leave nothing in the process that called ``fit``: give ``path``.
 
     Args:
         task_vectors: The individual models, read from their files one at a time.
@@ -135,6 +140,8 @@ class Surgery(Corrections):
         self._targets: Individuals | None = None
         self._as_individual = False
         self._stored: dict[str, Tensor] | None = None
+        # The module whose correctors are held; None where they have been loaded.
+        self._fitted: nn.Module | None = None
         self._streamed: tuple[str, ...] = ()
         self._trainer: L.Trainer | None = None
         self._overrides = Overrides()
@@ -199,7 +206,9 @@ class Surgery(Corrections):
         if stage != "fit":
             return
         self._put_back()
+        self.deactivate()
         _refuse(trainer)
+        check_objects(trainer, pl_module, self)
         if not is_overridden("configure_model", pl_module):
             self._structure(pl_module)
         self._module, self._trainer = pl_module, trainer
@@ -237,7 +246,10 @@ class Surgery(Corrections):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the correctors where they were asked for."""
         if self.path is not None and trainer.is_global_zero:
-            self.save(self.path)
+            if self.correctors is not None and self.correctors.trained_tasks:
+                self.save(self.path)
+            else:
+                rank_zero_warn(f"Surgery has seen no batch, and writes nothing to '{self.path}'.")
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -264,8 +276,7 @@ class Surgery(Corrections):
         module = self._module
         assert self._targets is not None and self.correctors is not None and isinstance(module, L.LightningModule)
         module.eval()  # a hook of the module may have said otherwise
-        parameters: list[nn.Parameter] = []
-        gradients: list[Tensor] = []
+        gradients: dict[str, Sequence[Tensor]] = {}
         losses: dict[str, Tensor] = {}
         rows = 0
         for task, part in batch.items():
@@ -276,21 +287,25 @@ class Surgery(Corrections):
             assert found.features is not None
             rows += len(found.features)
             loss = surgery_loss(found, target)
-            if not bool(loss.isfinite()):
-                raise UserError(f"The representations of task '{task}' are not finite. Expected finite weights.")
-            mine = self.correctors.parameters_of(task)
-            parameters += mine
-            gradients += torch.autograd.grad(loss, mine)
+            gradients[task] = torch.autograd.grad(loss, self.correctors.parameters_of(task))
             losses[task] = loss.detach()
         if not losses:
             raise UserError("A training batch held no task. Expected {task: batch}.")
-        gradients = _average(gradients)
-        values = strategies.mean_over_processes(torch.stack(list(losses.values())))
+        losses, gradients = _average(self.correctors, sorted(self.tasks), losses, gradients)
+        values = torch.stack(list(losses.values()))
         mean = values.mean()
         self.last = {"surgery": dict(zip(losses, values.tolist(), strict=True))}
+        for task, value in self.last["surgery"].items():  # of all processes: they stop together
+            if not math.isfinite(value):
+                raise UserError(f"The representations of task '{task}' are not finite. Expected finite weights.")
         module.log("surgery/loss", mean, prog_bar=True, batch_size=rows)
         module.log_dict({f"surgery/{task}": loss for task, loss in self.last["surgery"].items()}, batch_size=rows)
-        bearer = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
+        terms = [
+            (parameter * gradient).sum()
+            for task in losses
+            for parameter, gradient in zip(self.correctors.parameters_of(task), gradients[task], strict=True)
+        ]
+        bearer = torch.stack(terms).sum()
         return mean + (bearer - bearer.detach())
 
     def _configure_optimizers(self) -> Optimizer:
@@ -300,12 +315,15 @@ class Surgery(Corrections):
         blocks = self._structure(module)
         made = Correctors(self._models, blocks, self.rank, self.seed, self.features)
         old = self.correctors
-        if old is not None and (old.tasks, old.sites, old.rank) == (made.tasks, made.sites, made.rank):
+        same = self._fitted is None or self._fitted is module
+        if old is not None and same and (old.tasks, old.sites, old.rank) == (made.tasks, made.sites, made.rank):
             made = old
         if self._stored is not None:
             made.restore(self._stored)
             self._stored = None
         self.correctors = made.to(module.device).requires_grad_(True)
+        self.deactivate()
+        self._fitted = module
         self._module, self._hooks = module, CorrectionHooks(module, self.features, made)
         if self.optimizer is not None:
             return self.optimizer(self.correctors.parameters())
@@ -333,7 +351,7 @@ class Surgery(Corrections):
 
     def _put_back(self) -> None:
         self._overrides.undo()
-        self._trainer = None
+        self._trainer = self._targets = None
         if self.correctors is not None:
             self.correctors.requires_grad_(False)
 
@@ -353,7 +371,28 @@ def _refuse(trainer: Any) -> None:
         )
 
 
-def _average(gradients: list[Tensor]) -> list[Tensor]:
-    """Average gradients over processes, in one exchange."""
-    flat = strategies.mean_over_processes(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+def _average(
+    correctors: Correctors, tasks: Sequence[str], losses: dict[str, Tensor], gradients: dict[str, Sequence[Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Sequence[Tensor]]]:
+    """Average losses and gradients over the processes that had rows of a task, in one exchange.
+
+    What is exchanged has all tasks in one order, zeros where a process had no rows; all of them then step equally.
+    """
+    known = next(iter(losses))  # the widths, which a task that is new here does not know, are the same for all
+    like, zero = correctors.parameters_of(known), torch.zeros_like(losses[known])
+    pieces = [torch.ones_like(zero) if task in losses else zero for task in tasks]
+    pieces += [losses.get(task, zero) for task in tasks]
+    pieces += [piece for task in tasks for piece in gradients.get(task) or map(torch.zeros_like, like)]
+    flat = strategies.mean_over_processes(torch.cat([piece.reshape(-1) for piece in pieces]))
+    parts = iter(flat.split([piece.numel() for piece in pieces]))
+    shares, means = torch.cat([next(parts) for _ in tasks]).tolist(), [next(parts).squeeze(0) for _ in tasks]
+    found: dict[str, Tensor] = {}
+    averaged: dict[str, Sequence[Tensor]] = {}
+    for task, share, loss in zip(tasks, shares, means, strict=True):
+        mine = [next(parts).view_as(parameter) / share if share else next(parts) for parameter in like]
+        if share:
+            found[task], averaged[task] = loss / share, mine
+            for site in correctors.sites:
+                if not correctors.of(task, site).dim:
+                    correctors.of(task, site).begin(correctors.of(known, site).dim, flat.device)
+    return found, averaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from lightning_merge.evaluation.style import CEILING, DASHES, FLOOR, PALETTE, dr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -29,6 +30,8 @@ TITLES = {
 BOUNDED = ("overlap", "agreement", "agreement_with_start", "diversity")
 # Groups up to which a heat map has a row for each, and up to which each row has its label.
 MOST_ROWS, MOST_LABELS = 120, 36
+# Colours span at least this much to each side, so that what has hardly moved looks like it.
+LEAST_REACH = 0.05
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
 
@@ -66,9 +69,10 @@ def plot_trace(
     columns = 4 if len(shown) > 6 else max(1, min(3, len(shown)))
     lines = max(1, math.ceil(len(shown) / columns))
     with drawing():
-        figure = new_figure(1.2 + 2.75 * columns + (0.9 if tasks else 0), 0.6 + 2.15 * lines)
+        figure = new_figure(1.2 + 2.9 * columns + (0.9 if tasks else 0), 0.6 + 2.15 * lines)
         grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
         handles: dict[str, Any] = {}
+        titles: list[tuple[Axes, Text]] = []
         for axes, quantity in zip(grid, shown, strict=False):
             series: dict[str, list[TraceRow]] = {}
             for row in rows:
@@ -83,7 +87,8 @@ def plot_trace(
                 if not task or len(tasks) <= 2 * len(PALETTE):
                     handles.setdefault(task, line)
             _mark(axes, best_step, stopped_step)
-            axes.set_title(TITLES.get(quantity, quantity.replace("_", " ")), loc="left", fontsize=9)
+            name = TITLES.get(quantity, quantity.replace("_", " "))
+            titles.append((axes, axes.set_title(name, loc="left", fontsize=9)))
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
             if quantity in BOUNDED:
                 low = min(p.value for points in series.values() for p in points)
@@ -98,6 +103,8 @@ def plot_trace(
         _add_marks(entries, best_step, stopped_step, restored)
         if entries[0]:
             figure.legend(*entries, loc="outside right upper", frameon=False)
+        figure.draw_without_rendering()
+        _fit_titles(titles)
     ordered = sorted(rows, key=lambda row: (row.step, row.quantity, row.task))
     return write_figure(figure, Path(path), TraceRow._fields, [list(row) for row in ordered])
 
@@ -129,9 +136,11 @@ def plot_coefficients(table: Table, path: str | Path, start: Table | None = None
         axes = figure.subplots()
         centre = None if before is None else (_uniform(before) if _uniform(before) is not None else 0.0)
         if centre is None:
-            limits, colours = (float(np.nanmin(shown)), float(np.nanmax(shown))), "viridis"
+            middle = (float(np.nanmin(shown)) + float(np.nanmax(shown))) / 2
+            reach = max(float(np.nanmax(shown)) - middle, LEAST_REACH)
+            limits, colours = (middle - reach, middle + reach), "viridis"
         else:
-            reach = max(float(np.nanmax(np.abs(shown - centre))), 1e-3)
+            reach = max(float(np.nanmax(np.abs(shown - centre))), LEAST_REACH)
             limits, colours = (centre - reach, centre + reach), "RdBu_r"
         image = axes.imshow(shown, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="none")
         if len(groups) <= 16 and len(models) <= 10:
@@ -225,6 +234,14 @@ def _add_marks(
         if step is not None:
             entries[0].append(Line2D([], [], **look))
             entries[1].append(name)
+
+
+def _fit_titles(titles: Iterable[tuple[Axes, Text]]) -> None:
+    """Make titles that are wider than their panel smaller: the layout of a figure looks at their height only."""
+    for axes, title in titles:
+        width, room = title.get_window_extent().width, axes.get_window_extent().width
+        if width > room:
+            title.set_fontsize(float(title.get_fontsize()) * room / width)
 
 
 def _brief(group: str) -> str:

@@ -20,16 +20,18 @@ from torch.optim import Optimizer
 
 from lightning_merge.errors import UserError, nearest, unknown
 from lightning_merge.methods import MergeMethod, TaskArithmetic, Transform
+from lightning_merge.modules.adaptation_record import FILE, learned_from, replaces, tell
 from lightning_merge.modules.encoder import Encoder
 from lightning_merge.modules.heads import HeadInfo, load_head
 from lightning_merge.objectives import Objective
 from lightning_merge.outputs import refuse_other_content
+from lightning_merge.recipe import describe
 from lightning_merge.run_folder import run_parts
 from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.weights.folder import write_text
 
 COEFFICIENTS = "coefficients.safetensors"
-RECORD = "adaptation.json"
+RECORD = FILE
 TRACE = "adaptation"
 
 
@@ -54,7 +56,7 @@ class AdaptiveMerge(L.LightningModule):
         initial: Where coefficients start: a number, one for each task, or a file ``coefficients.safetensors``; by
             default 0.3, and 0 with a ``start``.
         start: Folder of a merged model of any method, whose difference to the base is one more direction, under the
-            folder's name, with a coefficient of 1 at first.
+            folder's name, with a coefficient of 1 at first; without transforms.
         constraint: ``free``, ``clamp`` into [0, 1], or ``softmax`` over the tasks.
         prior: Strength of the pull back to the start, at least 0.
         transforms: Of the task vectors, first: ``ElectSign`` makes it AdaMerging++.
@@ -107,9 +109,14 @@ class AdaptiveMerge(L.LightningModule):
         places = _places(run, base, models, heads, tasks)
         self.transforms = _transforms(transforms)
         self.output = None if output is None else Path(output)
-        self.seed = seed
+        self.seed, self.start = seed, None if start is None else Path(start)
         directions = dict(places.models)
         if start is not None:
+            if self.transforms:
+                raise UserError(
+                    f"AdaptiveMerge: transforms ({', '.join(type(step).__name__ for step in self.transforms)}) would "
+                    f"also change the start '{start}', which is a merge already. Expected either start or transforms."
+                )
             if Path(start).name in directions:
                 raise UserError(f"The start '{start}' is called like a task. Expected a folder of another name.")
             directions[Path(start).name] = Path(start)
@@ -160,7 +167,7 @@ class AdaptiveMerge(L.LightningModule):
             ]  # fmt: skip
             if self._guard is not False:
                 self._callbacks.append(CollapseGuard(**({} if self._guard is True else self._guard)))
-            self._callbacks.append(AdaptationTrace(self._trace_folder, every_n_steps=self._every))
+            self._callbacks.append(AdaptationTrace(self._trace_folder, self._every, announce=self.output is None))
         return self._callbacks
 
     @property
@@ -262,7 +269,9 @@ class AdaptiveMerge(L.LightningModule):
         """Write the merged folder (one process writes)."""
         if self.output is not None:
             if self.trainer.is_global_zero:
+                replaced = replaces(self.output, getattr(self, "merge", None))
                 self.export(self.output)
+                tell(self.output, self.run, replaced)
             self.trainer.strategy.barrier()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
@@ -281,15 +290,9 @@ class AdaptiveMerge(L.LightningModule):
             raise UserError("AdaptiveMerge has no coefficients yet. Expected a call of Trainer.fit before export.")
         target = Path(folder)
         merge(
-            TaskArithmetic(scale=scalars.schedule()),
-            self.task_vectors,
-            target,
-            self.transforms,
-            self.seed,
-            overwrite=True,
-            title=target.name,
-            max_shard_size=None,
-        )
+            TaskArithmetic(scale=scalars.schedule()), self.task_vectors, target, self.transforms, self.seed,
+            overwrite=True, title=target.name, max_shard_size=None,
+        )  # fmt: skip
         (target / "heads").mkdir(exist_ok=True)
         for task, path in self.head_files.items():
             shutil.copyfile(path, target / "heads" / f"{task}.safetensors")
@@ -302,8 +305,12 @@ class AdaptiveMerge(L.LightningModule):
 
     def record(self) -> dict[str, Any]:
         """Return what an adaptation came to, as plain data: steps, drift, learned parameters, what the guard did."""
-        guard = self.guard
+        guard, settings, minimised = self.guard, self._settings, self.adaptation.objectives
+        shown = f"AdaMerging(by={settings['by']}, objective={' + '.join(type(o).__name__ for o in minimised)})"
+        labels = any("labels" in objective.needs for objective in minimised)
         return {
+            "method": " → ".join([*map(describe, self.transforms), shown]),
+            **learned_from(self.trainer, self.run, self.start or settings["initial"], labels),
             "steps": int(self.trainer.global_step),
             "trained_parameters": sum(p.numel() for p in self.adaptation.scalars.parameters()),
             "drift": float(self.adaptation.drift()),

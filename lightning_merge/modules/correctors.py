@@ -77,6 +77,9 @@ class Corrector(nn.Module):
         """Return what is subtracted, ``(..., d)``."""
         if not self.dim:
             self.begin(features.shape[-1], features.device)
+        if self.down.device != features.device:
+            with torch.inference_mode(False):
+                self.to(features.device)  # hooks are no submodules: nothing else takes them where the module goes
         if features.shape[-1] != self.dim:
             raise UserError(f"A corrector of width {self.dim} got features of shape {tuple(features.shape)}.")
         hidden = functional.relu(functional.linear(features.to(self.down.dtype), self.down))
@@ -162,6 +165,8 @@ class Correctors(nn.Module):
     def restore(self, learned: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`learned` gave.
 
+        One that was kept before its width was known is as it starts where the width is known now.
+
         Raises:
             UserError: Another set of tasks and sites, or another rank.
         """
@@ -175,8 +180,13 @@ class Correctors(nn.Module):
                 raise UserError(f"Correctors do not fit: '{name}' has shape {tuple(values.shape)}, rank {self.rank}.")
             if parameter.shape == values.shape:
                 parameter.copy_(values)
-            else:
+            elif values.numel():
                 parameter.data = values.to(parameter.device, parameter.dtype, copy=True)
+        for task in self.tasks:
+            for site in self.sites:
+                corrector = self.of(task, site)
+                if corrector.dim and not learned[f"{task}/{site}/down"].numel():
+                    corrector.begin(corrector.dim, corrector.down.device)
 
     def drift(self) -> float:
         """Return the root mean square of how far all parameters are from where they started."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_merge.errors import UserError
+from lightning_merge.modules.adaptation_record import learned_from
 from lightning_merge.modules.adaptive_merge import RECORD, TRACE, AdaptiveMerge
 from lightning_merge.modules.encoder import Encoder
 from lightning_merge.modules.folder import WEIGHTS, remove_weights, write_weights
@@ -127,7 +128,7 @@ class DistilledEncoder(AdaptiveMerge):
             ]
             if self._guard is not False:
                 self._callbacks.append(CollapseGuard(**({} if self._guard is True else self._guard)))
-            self._callbacks.append(AdaptationTrace(self._trace_folder, every_n_steps=self._every))
+            self._callbacks.append(AdaptationTrace(self._trace_folder, self._every, announce=self.output is None))
         return self._callbacks
 
     # --- the end ----------------------------------------------------------------------------------------------------
@@ -175,6 +176,8 @@ class DistilledEncoder(AdaptiveMerge):
         """Return what the training came to, as plain data: steps, sizes, the last losses, what the guard did."""
         guard, learned = self.guard, self.adaptation
         return {
+            "method": f"Distilled(cross={learned.cross:g}) over {self.merge.name}",
+            **learned_from(self.trainer, self.run, self.merge),
             "merge": self.merge.name,
             "cross": learned.cross,
             "steps": int(self.trainer.global_step),
@@ -192,7 +195,7 @@ class DistilledEncoder(AdaptiveMerge):
     def _provenance(self, record: dict[str, Any]) -> dict[str, Any]:
         models = {name: sha256_of_source(source) for name, source in self.task_vectors.models.items()}
         over = {"name": self.merge.name, "sha256": sha256_of_source(open_weights(self.merge))}
-        return {"method": "distillation", "over": over, "models": models, "versions": versions(), **record}
+        return {**record, "method": "distillation", "over": over, "models": models, "versions": versions()}
 
     def _card(self, title: str) -> str:
         license = stated_license(self.merge)

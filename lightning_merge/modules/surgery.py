@@ -18,12 +18,19 @@ import lightning as L
 from torch.optim import Optimizer
 
 from lightning_merge.errors import UserError, unknown
+from lightning_merge.modules.adaptation_record import learned_from
 from lightning_merge.modules.adaptive_merge import RECORD, AdaptiveMerge
 from lightning_merge.modules.correctors import FILE, Correctors
 from lightning_merge.modules.encoder import Encoder
 from lightning_merge.outputs import refuse_other_content
 from lightning_merge.weights import open_weights
 from lightning_merge.weights.folder import write_text
+
+# What the card of a merge says further where correctors are beside it.
+_NOTE = (
+    f"Beside the weights, `{FILE}` holds correctors of the features, one set a task. They act where the input's task "
+    "is named, as in `lightning_merge.load(folder).features(inputs, task)`; the weights alone are the plain merge."
+)
 
 
 class RepresentationSurgery(AdaptiveMerge):
@@ -86,6 +93,11 @@ class RepresentationSurgery(AdaptiveMerge):
                     f"The merge in '{self.merge}' gives {encoder.dim} features, the head of task '{task}' takes "
                     f"{self.info[task].dim}. Expected a merge of the same models."
                 )
+        if isinstance(rank, int) and rank > self.encoder.dim:
+            raise UserError(
+                f"rank is {rank}, and the merge in '{self.merge}' gives {self.encoder.dim} features, of which no "
+                f"corrector has more ranks. Expected a rank of 1 to {self.encoder.dim}."
+            )
         self.requires_grad_(False)
         self.eval()
         self._surgery: dict[str, Any] = {
@@ -173,6 +185,7 @@ class RepresentationSurgery(AdaptiveMerge):
         for task, path in self.head_files.items():
             shutil.copyfile(path, target / "heads" / f"{task}.safetensors")
         correctors.save(target / FILE)
+        _mention(target / "README.md", target.name)
         write_text(target / RECORD, json.dumps(self.record(), indent=1) + "\n")
 
     def record(self) -> dict[str, Any]:
@@ -180,6 +193,8 @@ class RepresentationSurgery(AdaptiveMerge):
         correctors = self.correctors
         encoder = sum(parameter.numel() for parameter in self.encoder.parameters())
         return {
+            "method": f"Surgery(version={correctors.version}, rank={correctors.rank}) over {self.merge.name}",
+            **learned_from(self.trainer, self.run, self.merge),
             "merge": self.merge.name,
             "version": correctors.version,
             "rank": correctors.rank,
@@ -190,6 +205,13 @@ class RepresentationSurgery(AdaptiveMerge):
             "distance": dict(self.adaptation.last.get("surgery", {})),
             "drift": float(self.adaptation.drift()),
         }
+
+
+def _mention(card: Path, title: str) -> None:
+    """Say once in a merge's card that there are correctors."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {title}\n"
+    if _NOTE not in text:
+        write_text(card, f"{text.rstrip()}\n\n{_NOTE}\n")
 
 
 def _merged_folder(run: Path | None, merge: str) -> Path:

@@ -113,6 +113,11 @@ class Watch(L.Callback):
     """Notes what the strategy has made of the module while it trains."""
 
     kind = ""
+    path: Path | None = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.path is not None:
+            trainer.save_checkpoint(self.path, weights_only=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.kind = type(trainer.strategy.model).__name__
@@ -143,6 +148,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("distributed_checkpoint"):
         strategy._save_distributed_checkpoint = True
     folder = Path(job["folder"])
+    watch = Watch()
+    if not job.get("distributed_checkpoint"):
+        watch.path = folder / ("resumed_weights.ckpt" if job.get("resume") else "weights.ckpt")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=job.get("devices", 1),
@@ -152,7 +160,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         use_distributed_sampler=False,
         callbacks=[
             callback,
-            watch := Watch(),
+            watch,
             L.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1, monitor=None),
         ],
         logger=False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_each_step_merges_once_and_contracts_each_tensor_once(
     counted(MergedWeights, "materialise", "merged")
     counted(TaskDirections, "contract", "contracted")
     trainer(AdaMerging(task_vectors)).fit(job.UsersModule(), streams())
-    assert counts == {"merged": 1 + 4, "contracted": 6 * 4}
+    assert counts == {"merged": 1 + 4 + 1, "contracted": 6 * 4}  # at the start, each step and the end
 
 
 def test_schedulers_reach_the_coefficients_and_are_logged(tmp_path: Path, task_vectors: TaskVectors) -> None:
@@ -249,6 +250,36 @@ def test_the_module_is_left_merged_and_otherwise_as_it_was(
     after = state_of(module)
     after["attributes"] -= after["attributes"] - before["attributes"] - {"training_step", "configure_optimizers"}
     assert after == before
+    with torch.no_grad():
+        torch.testing.assert_close(dict(module.state_dict()), weights_of(checkpoints, callback.scalars))
+
+
+def test_ctrl_c_while_the_merge_comes_back_leaves_it_merged(
+    checkpoints: Checkpoints, task_vectors: TaskVectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an individual model was asked, half of the merge is written: the other half must follow."""
+    write, individual = MergedWeights._write, MergedWeights.individual
+    left = {"individuals": 4, "writes": 2}
+
+    @contextmanager
+    def counted(self: MergedWeights, model: str) -> Iterator[None]:
+        with individual(self, model):
+            yield
+            left["individuals"] -= 1
+
+    def interrupted(self: MergedWeights, *args: Any) -> None:
+        if left["individuals"] == 0 and left["writes"] >= 0:
+            left["writes"] -= 1
+            if left["writes"] < 0:
+                raise KeyboardInterrupt
+        write(self, *args)
+
+    monkeypatch.setattr(MergedWeights, "individual", counted)
+    monkeypatch.setattr(MergedWeights, "_write", interrupted)
+    callback, module = AdaMerging(task_vectors, objectives=[Distillation()], learning_rate=1e-2), job.UsersModule()
+    with pytest.raises(SystemExit):
+        trainer(callback).fit(module, streams())
+    assert left["writes"] == -1
     with torch.no_grad():
         torch.testing.assert_close(dict(module.state_dict()), weights_of(checkpoints, callback.scalars))
 

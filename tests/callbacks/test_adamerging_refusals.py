@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import adamerging_job as job
@@ -207,3 +208,27 @@ def test_batch_norm_is_in_evaluation_or_refused() -> None:
         trainer(callback).fit(kind(dropout=0.5), streams())
         found.append(callback.learned())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("clasifier", "fits none of"), (".", None), ("weight", None)])
+def test_patterns_to_ignore_that_leave_nothing_out_are_refused(
+    task_vectors: TaskVectors, pattern: str, told: str | None
+) -> None:
+    """A slip of the pen, or tensors that are merged all the same."""
+    refused(told or "fits only merged parameters or heads", AdaMerging(task_vectors, ignore=[pattern]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"constraint": "clamp"}, "learned with constraint free"), ({"objectives": [MarginalEntropy()]}, "objectives")],
+)
+def test_a_checkpoint_goes_on_with_its_own_settings_only(
+    task_vectors: TaskVectors, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    first = trainer(AdaMerging(task_vectors))
+    first.fit(job.UsersModule(), streams())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(UserError, match=told):
+        trainer(AdaMerging(task_vectors, **settings), max_epochs=2).fit(
+            job.UsersModule(), streams(), ckpt_path=tmp_path / "first.ckpt"
+        )

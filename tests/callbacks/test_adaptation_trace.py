@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,34 @@ def test_what_is_drawn_is_the_state_that_the_guard_has_put_back(models: dict[str
     assert {p.name for p in tmp_path.iterdir()} == {
         "trace.csv", "trace.png", "coefficients.csv", "coefficients.png"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["trace", "guard"])
+def test_the_stopped_step_shows_the_drift_that_was_stopped(first: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """The other panels show what the guard has seen there, and not what it has put back."""
+    trace, guard = AdaptationTrace(every_n_steps=1, folder=tmp_path), CollapseGuard(every_n_steps=5, patience=1)
+    logger = CSVLogger(tmp_path / "log")
+    order = (trace, guard) if first == "trace" else (guard, trace)
+    merging = adapt(models, *order, learning_rate=0.3, limit_train_batches=20, logger=logger)
+    assert guard.stopped_step is not None and guard.best_step == 0 and merging.drift() == 0
+    drift = {
+        int(row["step"]): float(row["value"]) for row in read(tmp_path / "trace.csv") if row["quantity"] == "drift"
+    }
+    assert list(drift) == list(range(guard.stopped_step + 1))
+    assert drift[guard.stopped_step] == pytest.approx(guard.history[-1]["drift"]) and drift[guard.stopped_step] > 0.1
+    logged = [row["coefficients/drift"] for row in read(Path(logger.log_dir) / "metrics.csv")]
+    assert [value for value in logged if value][1:] and 0.0 not in [float(value) for value in logged if value][1:]
+
+
+def test_asked_to_draw_what_is_learned_online_it_says_once_that_it_does_not(models: dict[str, Path]) -> None:
+    trace, merging = AdaptationTrace(), AdaMerging(open_task_vectors(models), online="before")
+    used, module = trainer(callbacks=[trace, merging]), Classifier()
+    with pytest.warns(UserWarning, match="AdaptationTrace records a fit only"):
+        trace.setup(used, module, "test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace.setup(used, module, "predict")
+        AdaptationTrace().setup(trainer(callbacks=[AdaMerging(open_task_vectors(models))]), module, "test")
 
 
 def test_nothing_is_written_without_a_folder_or_a_logger(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_merge.callbacks import AdaMerging, CollapseGuard
-from lightning_merge.collapse_signs import Rules, diversity, falls, overlap, read
+from lightning_merge.collapse_signs import Rules, diversity, falls, overlap, read, whole
 from lightning_merge.errors import UserError
 
 # --- signs --------------------------------------------------------------------------------------------------------
@@ -43,6 +43,26 @@ def test_overlap_of_rows_that_are_not_finite() -> None:
     shares = overlap(broken, individual)
     assert shares[1] == 0 and shares[0] > 0.8
     assert overlap(torch.full((3, 4), math.nan), individual).sum() == 0
+
+
+def test_rows_with_masked_classes_are_answers() -> None:
+    individual = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    noisy = individual + torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+
+    def masked(logits: Tensor) -> Tensor:
+        return torch.cat([logits, torch.full((8, 2), -math.inf)], dim=1)
+
+    seen, plain = (
+        read({"a": change(noisy)}, {"a": change(noisy)}, {"a": change(individual)}).tasks["a"]
+        for change in (masked, lambda logits: logits)
+    )
+    for name in ("entropy", "agreement_with_start", "agreement", "overlap"):
+        assert getattr(seen, name) == pytest.approx(getattr(plain, name), abs=1e-5)
+    for broken in (math.nan, math.inf):
+        row = masked(noisy)
+        row[0, 1] = broken
+        assert read({"a": row}, {"a": row}, {"a": masked(individual)}).tasks["a"].agreement_with_start == 7 / 8
+    assert not whole(torch.full((1, 3), -math.inf)).any()
 
 
 def test_agreement_bounds_accuracy() -> None:
@@ -271,6 +291,27 @@ def test_large_batches_are_taken_anew_after_a_resume(
     _, learned = adapt(models, again, 0.1, epochs=3, limit_train_batches=12, ckpt_path=saving.last_model_path)
     assert again.rolled_back and again.best_step <= 24
     assert all(torch.equal(value, again._best[name]) for name, value in learned.items())
+
+
+def test_a_best_state_that_other_batches_find_worse_gives_way_to_the_start(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watched batches are not saved, and on those that are taken anew what was best is worse than the start."""
+    monkeypatch.setattr("lightning_merge.callbacks.watch.MOST_BYTES_KEPT", 0)
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    guard = CollapseGuard(every_n_steps=5, patience=50)
+    adapt(models, guard, 1e-3, epochs=1, limit_train_batches=12, enable_checkpointing=True, more=[saving])
+    assert guard.best_step > 0
+    saved = torch.load(saving.last_model_path, weights_only=True)
+    state = saved["callbacks"]["CollapseGuard"]
+    collapsed = {name: torch.full_like(value, 4.0) for name, value in state["learned"][1].items()}
+    state["learned"][1] = state["live"]["best"] = state["live"]["learned"] = collapsed
+    state["live"]["best_step"] = 10
+    torch.save(saved, tmp_path / "changed.ckpt")
+    again = CollapseGuard(every_n_steps=5, patience=50)
+    _, learned = adapt(models, again, 1e-12, epochs=2, limit_train_batches=12, ckpt_path=str(tmp_path / "changed.ckpt"))
+    assert again.rolled_back and again.best_step == 0
+    assert all(torch.equal(value, again._initial[name]) for name, value in learned.items())
 
 
 def test_without_individual_models_it_says_so_and_sees_few_classes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import adamerging_job as job
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge import TaskVectors
 from lightning_merge.callbacks import AdaMerging
+from lightning_merge.callbacks.online import check_online
 from lightning_merge.coefficients import Coefficients
 from lightning_merge.errors import UserError
 
@@ -144,3 +146,14 @@ def test_what_cannot_work_is_refused(checkpoints: Checkpoints) -> None:
         trainer(AdaMerging(vectors, online="before")).predict(job.UsersModule(), {"od": data["odd"]})
     with pytest.raises(UserError, match="Unknown time to learn online 'during'"):
         AdaMerging(vectors, online="during")
+
+
+def test_predictions_in_several_processes_are_refused() -> None:
+    """Lightning deals the rows of predictions out as they are, so that one process may have a batch more."""
+    loop = SimpleNamespace(inference_mode=False)
+    two = SimpleNamespace(world_size=2, predict_loop=loop, test_loop=loop)
+    with pytest.raises(UserError, match=r"during Trainer\.predict in 2 processes.*devices=1"):
+        check_online(two, "predict")
+    check_online(two, "test")
+    two.world_size = 1
+    check_online(two, "predict")

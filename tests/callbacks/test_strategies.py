@@ -15,11 +15,13 @@ import adamerging_job as job
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge import TaskVectors, strategies
 from lightning_merge.callbacks import AdaMerging
 from lightning_merge.errors import UserError
+from lightning_merge.objectives import Distillation, Entropy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -108,20 +110,53 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(results: Path, name: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "full"])
-def test_a_checkpoint_in_one_file_loads_strictly_into_the_plain_module(results: Path, name: str) -> None:
-    checkpoint = torch.load(results / f"resume_{name}" / "epoch=2.ckpt", weights_only=False)
+@pytest.mark.parametrize("file", ["epoch=2.ckpt", "weights.ckpt"])
+def test_a_checkpoint_in_one_file_loads_strictly_into_the_plain_module(results: Path, name: str, file: str) -> None:
+    checkpoint = torch.load(results / f"resume_{name}" / file, weights_only=False)
     module = job.UsersModule()
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     expected = torch.load(results / f"resume_{name}" / "out.pt")["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), expected, rtol=0, atol=1e-6)
-    assert set(checkpoint["callbacks"]["AdaMerging"]) == {"learned", "of", "bad_steps"}
+    if file == "weights.ckpt":
+        assert "callbacks" not in checkpoint
+    else:
+        assert set(checkpoint["callbacks"]["AdaMerging"]) == {"learned", "of", "bad_steps"}
+
+
+@pytest.mark.slow
+def test_each_task_counts_alike_where_a_process_lacks_one(tmp_path: Path) -> None:
+    """The gradient is that of the mean over tasks of the mean over the processes that have a batch of the task."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("uneven_job.py")), str(tmp_path), str(rank)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in output)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    expected = torch.load(tmp_path / "expected.pt")
+    for rank in found:
+        torch.testing.assert_close(rank["gradient"], expected["gradient"], rtol=1e-5, atol=1e-7)
+        assert rank["last"]["entropy"] == pytest.approx(expected["last"], rel=1e-5)
+        assert "holds no task" in rank["refused"] and "Only 1 of 2 processes" in rank["sharded"]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def fake(strategy: Any, precision: str = "32-true") -> Any:
-    return SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(precision=precision))
+def fake(strategy: Any, precision: str = "32-true", accelerator: Any = None) -> Any:
+    return SimpleNamespace(
+        strategy=strategy, precision_plugin=SimpleNamespace(precision=precision), accelerator=accelerator
+    )
 
 
 def unbuilt(kind: type, **attributes: Any) -> Any:
@@ -156,6 +191,28 @@ def test_strategies_that_cannot_work_are_refused_with_those_that_can() -> None:
             strategies.check_trainer(fake(one, precision))
     for precision in strategies.PRECISIONS:
         strategies.check_trainer(fake(one, precision))
+    with pytest.raises(UserError, match=r"accelerator 'mps'.*accelerator='cpu', or 'gpu' with CUDA"):
+        strategies.check_trainer(fake(one, accelerator=unbuilt(MPSAccelerator)))
+    strategies.check_trainer(fake(one, accelerator=unbuilt(CPUAccelerator)))
+
+
+def test_answers_are_not_remembered_by_row_where_processes_ask_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that knows its rows would not gather the shards with another that does not."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    mesh = dict.fromkeys(("tensor_parallel", "data_parallel"), SimpleNamespace(size=lambda: 1))
+    used = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    sharded = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    sharded._device_mesh, sharded.accelerator = mesh, used.accelerator
+    monkeypatch.setattr(L.Trainer, "strategy", property(lambda _: sharded))
+    task_vectors = TaskVectors.open(*job.fine_tuned())
+    asking = AdaMerging(task_vectors, objectives=[Distillation()], individuals="cached")
+    with pytest.raises(UserError, match=r"cached under ModelParallelStrategy.*individuals='computed'"):
+        asking.setup(used, job.UsersModule(), "fit")
+    for individuals, objective in (("computed", Distillation()), ("cached", Entropy())):
+        other = AdaMerging(task_vectors, objectives=[objective], individuals=individuals)
+        with pytest.raises(UserError, match="training data is one NoneType"):  # what is looked at next
+            other.setup(used, job.UsersModule(), "fit")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

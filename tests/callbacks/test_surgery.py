@@ -16,7 +16,7 @@ import pytest
 import torch
 import users_code
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 from users_code import VIEWS, Classifier, Streams, digits, measure, trainer
 
 from lightning_merge import TaskVectors
@@ -38,7 +38,51 @@ for version in (1, 2):
     surgery = t.Surgery(t.opened(checkpoints), features="norm", version=version, path=folder / f"v{version}")
     used = t.trainer(folder, max_epochs=2, strategy="ddp_fork", devices=2, callbacks=[surgery])
     used.fit(t.merged(checkpoints), t.Streams())
+surgery = t.Surgery(t.opened(checkpoints), features="norm", version=2, optimizer=t.plain_descent)
+keep = t.Keep(folder, surgery)
+used = t.trainer(folder, max_epochs=1, strategy="ddp_fork", devices=2, callbacks=[surgery, keep])
+used.fit(t.merged(checkpoints), t.Gaps())
 """
+# By process: the view of which it has no row, from the first batch on.
+LACKING = {0: "mirrored", 1: "rotated"}
+
+
+def plain_descent(parameters: Any) -> torch.optim.Optimizer:
+    """Unlike Adam's, its steps are proportional to gradients."""
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+class Gaps(Streams):
+    """Two processes, each of which has nothing of one view."""
+
+    def loader(self, view: str) -> DataLoader:
+        loader = super().loader(view)
+        assert self.trainer is not None
+        if LACKING[self.trainer.global_rank] == view:
+            loader.collate_fn = lambda rows: None
+        return loader
+
+
+class OneShare(Streams):
+    """What one of two processes has, in a process by itself."""
+
+    def __init__(self, views: Any, rank: int) -> None:
+        super().__init__(views)
+        self.rank = rank
+
+    def loader(self, view: str) -> DataLoader:
+        rows = digits(view, "stream")
+        return DataLoader(rows, batch_size=20, sampler=DistributedSampler(rows, 2, self.rank, shuffle=False))
+
+
+class Keep(L.Callback):
+    """Keeps what each process has learned."""
+
+    def __init__(self, folder: Path, surgery: Surgery) -> None:
+        self.folder, self.surgery = folder, surgery
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(self.surgery.learned(), self.folder / f"learned_{trainer.global_rank}.pt")
 
 
 def opened(checkpoints: dict[str, Path]) -> TaskVectors:
@@ -266,6 +310,19 @@ def test_two_processes_learn_what_one_learns(checkpoints: dict[str, Path], tmp_p
         for name, values in alone.learned().items():
             torch.testing.assert_close(together[name], values, atol=1e-5, rtol=1e-4)
 
+    # Where a process has no rows of a view, it takes the step of those that have.
+    first, second = (torch.load(tmp_path / f"learned_{rank}.pt") for rank in (0, 1))
+    assert equal(first, second)
+    for rank, lacking in LACKING.items():
+        view = LACKING[1 - rank]
+        assert view != lacking
+        alone = Surgery(opened(checkpoints), features="norm", version=2, optimizer=plain_descent)
+        trainer(tmp_path, max_epochs=1, callbacks=[alone]).fit(merged(checkpoints), OneShare([view], rank))
+        for name, values in alone.learned().items():
+            if name.startswith(view):
+                torch.testing.assert_close(first[name], values, atol=1e-5, rtol=1e-4)
+                assert "up" not in name or float(values.abs().max()) > 1e-3
+
 
 def test_accumulated_batches_are_one_batch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     surgery, module = Surgery(opened(checkpoints), features="norm", version=2), merged(checkpoints)
@@ -308,6 +365,72 @@ def test_a_task_must_be_named_and_known(checkpoints: dict[str, Path], tmp_path: 
         Surgery(opened(checkpoints), features="norm").activate("upright")
     with pytest.raises(UserError, match="Expected a fit first"):
         Surgery(opened(checkpoints), features="norm").save(tmp_path)
+
+
+def test_a_further_fit_ends_a_corrected_answer_and_goes_on_without_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    twice: list[dict[str, float]] = []
+    never: list[dict[str, float]] = []
+    images = digits("upright", "test").tensors[0]
+    for activated, losses in ((True, twice), (False, never)):
+        surgery, module = fitted(checkpoints, tmp_path, version=2)
+        plain = module.eval()(images)
+        if activated:
+            surgery.activate("upright")
+        trainer(tmp_path, max_epochs=1, callbacks=[surgery]).fit(module, Streams())
+        losses.append(surgery.last["surgery"])
+        surgery.deactivate()
+        assert torch.equal(module(images), plain)
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert twice == never
+
+
+def test_correctors_go_on_with_their_module_and_begin_anew_with_another(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    starts: list[float] = []
+
+    class Start(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            starts.append(surgery.drift())
+
+    surgery, module = fitted(checkpoints, tmp_path)
+    reached = surgery.drift()
+    for again in (module, merged(checkpoints)):
+        trainer(tmp_path, max_epochs=2, callbacks=[surgery, Start()]).fit(again, Streams())
+    assert starts[0] == reached > 0 and starts[1] == 0
+    fresh, _ = fitted(checkpoints, tmp_path)
+    assert equal(surgery.learned(), fresh.learned())
+    surgery.activate("upright", merged(checkpoints))  # where they answer is not where they have learned
+    trainer(tmp_path, max_epochs=1, callbacks=[surgery, Start()]).fit(again, Streams())
+    assert starts[2] == pytest.approx(fresh.drift()) and surgery._targets is None
+
+
+def test_going_back_to_the_start_leaves_correctors_that_change_nothing(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    class BackToTheStart(L.Callback):
+        """What a guard does that finds every state worse."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 0:
+                self.initial = surgery.learned()
+
+        def on_train_end(self, *_: Any) -> None:
+            assert surgery.drift() > 0
+            surgery.restore(self.initial)
+
+    surgery = Surgery(opened(checkpoints), features="norm", version=2, path=tmp_path / "surgery.safetensors")
+    module = merged(checkpoints)
+    trainer(tmp_path, max_epochs=1, callbacks=[surgery, BackToTheStart()]).fit(module, Streams())
+    images, loaded = digits("upright", "test").tensors[0], Surgery.load(tmp_path / "surgery.safetensors")
+    plain = module.eval()(images)
+    loaded.activate("upright", module)
+    assert torch.equal(module(images), plain) and surgery.drift() == 0
+    unseen = Surgery(opened(checkpoints), features="norm", path=tmp_path / "unseen.safetensors")
+    with pytest.warns(UserWarning, match="has seen no batch, and writes nothing"):
+        trainer(tmp_path, max_epochs=0, callbacks=[unseen]).fit(module, Streams())
 
 
 def test_the_state_that_a_guard_keeps_can_be_put_back(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -407,6 +530,21 @@ def test_streams_of_other_tasks_and_features_that_are_not_called(checkpoints: di
     assert not any(part._forward_hooks for part in module.modules())
 
 
+def test_objects_of_the_other_lightning_and_a_second_surgery_are_refused(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    class Theirs(L.Callback):
+        __module__ = "pytorch_lightning.callbacks"
+
+    class Other(Surgery):
+        state_key = "other"  # type: ignore[assignment]
+
+    first, second = (kind(opened(checkpoints), features="norm") for kind in (Surgery, Other))
+    for another, message in ((Theirs(), "callback Theirs is one of 'pytorch_lightning'"), (second, "are 2 callbacks")):
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, max_epochs=1, callbacks=[first, another]).fit(merged(checkpoints), Streams())
+
+
 def test_sharding_is_refused_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -416,7 +554,7 @@ def test_sharding_is_refused_by_name(checkpoints: dict[str, Path], tmp_path: Pat
         """What a sharding trainer looks like before its processes are there."""
 
         strategy = ModelParallelStrategy()  # type: ignore[assignment]
-        precision_plugin = None  # type: ignore[assignment]
+        accelerator = precision_plugin = None  # type: ignore[assignment]
 
         def __init__(self) -> None:
             mesh = SimpleNamespace(size=lambda: 1)

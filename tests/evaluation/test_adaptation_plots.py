@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from lightning_merge.evaluation.adaptation_plots import TraceRow, by_layer, layer_of, plot_coefficients, plot_trace
+from lightning_merge.evaluation import adaptation_plots
+from lightning_merge.evaluation.adaptation_plots import (
+    TITLES,
+    TraceRow,
+    by_layer,
+    layer_of,
+    plot_coefficients,
+    plot_trace,
+)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -51,6 +61,44 @@ def test_every_coefficient_stands_in_the_csv(tmp_path: Path, tensors: int, start
 def test_coefficients_that_have_not_moved_are_drawn(tmp_path: Path) -> None:
     table = {"a": {"all": 0.3}, "b": {"all": 0.3}}
     assert is_drawn(plot_coefficients(table, tmp_path / "same.png", table))
+
+
+@pytest.mark.parametrize(("moved", "reach"), [(0.0, 0.05), (0.01, 0.05), (0.4, 0.4)])
+def test_colours_reach_at_least_a_twentieth_from_the_start(
+    moved: float, reach: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    limits: list[tuple[float, float]] = []
+    draw = Axes.imshow
+
+    def seen(self: Axes, *args: Any, **settings: Any) -> Any:
+        limits.append((settings["vmin"], settings["vmax"]))
+        return draw(self, *args, **settings)
+
+    monkeypatch.setattr(Axes, "imshow", seen)
+    start = {"a": {"all": 0.3, "other": 0.3}}
+    plot_coefficients({"a": {"all": 0.3, "other": 0.3 + moved}}, tmp_path / "c.png", start)
+    plot_coefficients({"a": {"all": 0.3, "other": 0.3}}, tmp_path / "c.png")
+    assert limits[0] == pytest.approx((0.3 - reach, 0.3 + reach)) and limits[1] == pytest.approx((0.25, 0.35))
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_titles_end_where_their_panels_do(long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they run into the next panel, or the last one's into the legend."""
+    figures: list[Any] = []
+    make = adaptation_plots.new_figure
+    monkeypatch.setattr(adaptation_plots, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    names = ["minimised: entropy", *TITLES]
+    if long:
+        names[3] = "minimised: distance of features to the individual model's, and more"
+    plot_trace([TraceRow(s, n, t, 0.5) for s in (0, 9) for n in names for t in ("", "cars")], tmp_path / "trace.png")
+    figures[0].draw_without_rendering()
+    shown = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert len(shown) == len(names)
+    for axes in shown:
+        (title,) = (t for t in axes.get_children() if isinstance(t, Text) and t.get_text())
+        assert title.get_window_extent().x1 <= axes.get_window_extent().x1 + 2
 
 
 @pytest.mark.parametrize("tasks", [0, 3, 30])

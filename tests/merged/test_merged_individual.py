@@ -31,6 +31,7 @@ from lightning_merge.coefficients import Coefficients
 from lightning_merge.directions import Directions, TaskDirections
 from lightning_merge.errors import UserError
 from lightning_merge.merged_weights import MergedWeights
+from lightning_merge.methods import LwPTV
 
 
 @pytest.fixture
@@ -61,6 +62,31 @@ def test_the_merge_comes_back_after_an_exception(case: Case) -> None:
     assert same(state(case.module), before)
     with pytest.raises(UserError, match=r"Unknown model 'sum'.*'sun'"), merged.individual("sum"):
         pass
+    assert same(state(case.module), before)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_the_merge_comes_back_whole_after_coming_back_was_interrupted(
+    case: Case, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Statistics, and what a transform has dropped, are no scalar's to write."""
+    merged = case.merged(transforms=[LwPTV(eta=1.0)])
+    assert len(merged.unchanged) > 1
+    before = state(case.module)
+    copy_back, count = merged._copy, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > writes:
+            raise KeyboardInterrupt
+        copy_back(*args)
+
+    with pytest.raises(KeyboardInterrupt), merged.individual("sun"):
+        assert not same(state(case.module), before)
+        monkeypatch.setattr(merged, "_copy", interrupted)
+    monkeypatch.undo()
+    merged.materialise()
     assert same(state(case.module), before)
 
 

@@ -31,6 +31,7 @@ from lightning_merge.coefficients import Coefficients
 from lightning_merge.errors import UserError
 from lightning_merge.merged_weights import MergedWeights
 from lightning_merge.methods import Breadcrumbs, Dare, LwPTV, TaskArithmetic
+from lightning_merge.rank_masks import RankMasks
 from lightning_merge.weights import save_safetensors
 
 
@@ -330,3 +331,19 @@ def test_sparse_gradients(tmp_path: Path) -> None:
     found = contracted_gradient(case, merged)
     case.module.words.sparse = False  # the reference's substituted weights are no leaves
     assert error(found, autograd_gradient(case, merged, merged.scalars())) < 1e-5
+
+
+def test_what_is_refused_late_has_not_touched_the_module(tmp_path: Path) -> None:
+    """One of the last tensors holds NaN; those before it, and buffers, have been read by then."""
+    module = network()
+    module.register_buffer("scale", torch.ones(12))
+    case = plain_case(tmp_path, module, [rows(1)], entropy_of_logits)
+    broken = stored(case.models["sun"])
+    save_safetensors({**broken, "out.weight": torch.full_like(broken["out.weight"], float("nan"))}, case.models["sun"])
+    task_vectors = TaskVectors.open(case.base, case.models, check=False)
+    for tensor in module.state_dict().values():
+        tensor.add_(1)
+    before = state(module)
+    with pytest.raises(UserError, match=r"'out\.weight'.*NaN"):
+        MergedWeights(module, task_vectors, RankMasks.of(task_vectors))
+    assert same(state(module), before)

@@ -51,6 +51,40 @@ def test_entropy_is_that_of_scipy_and_finite_where_p_is_zero() -> None:
     assert value == 0 and certain.grad is not None and certain.grad.isfinite().all()
 
 
+def test_masked_classes_are_as_if_they_were_not_there() -> None:
+    """A class with a logit of -inf, in some rows or in all, neither counts nor breaks the gradient."""
+    kept = normal(6, 3)
+    target = normal(6, 3, seed=1)
+
+    def masked(values: Tensor) -> Tensor:
+        return torch.cat([torch.full((6, 1), -math.inf), values, torch.full((6, 2), -math.inf)], dim=1)
+
+    def distillation(logits: Tensor) -> Tensor:
+        own = target if logits.shape == target.shape else masked(target)
+        return Distillation()(Outputs("a", logits=logits, individual=Outputs("a", logits=own)))
+
+    for measure in (lambda logits: entropy(logits).sum(), marginal_entropy, distillation):
+        found = []
+        for change in (lambda values: values, masked):
+            values = kept.clone().requires_grad_(True)
+            logits = change(values)
+            value = measure(logits)
+            value.backward()
+            found.append((value.detach(), values.grad))
+        torch.testing.assert_close(found[0], found[1])
+    # In some rows only: the definition, with the convention 0 log 0 = 0.
+    some = kept.clone()
+    some[2:, 1] = -math.inf
+    some.requires_grad_(True)
+    mean = some.detach().softmax(-1).mean(0)
+    marginal = marginal_entropy(some)
+    torch.testing.assert_close(marginal.detach(), -(mean * mean.log()).sum())
+    (marginal + entropy(some).sum()).backward()
+    assert some.grad is not None and some.grad.isfinite().all() and not some.grad[2:, 1].any()
+    assert entropy(torch.full((1, 3), -math.inf)).isnan().all()
+    assert entropy(torch.tensor([[0.0, math.inf], [0.0, math.nan]])).isnan().all()
+
+
 def test_low_precision_logits_are_summed_in_fp32() -> None:
     logits = normal(4, 1000).bfloat16()
     assert entropy(logits).dtype == torch.float32

@@ -172,3 +172,14 @@ def test_bf16_halves_what_is_held_and_keeps_the_gradient() -> None:
     rounded, half = found["bfloat16"]
     assert size == 4 * 3 * 64 * (96 + 64) and half * 2 == size
     assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_leading_components_and_rest_are_the_task_vector_whatever_they_are_rounded_to() -> None:
+    """The rest takes up what bf16 loses of the factors, so that a merge starts where task arithmetic does."""
+    generator = torch.Generator().manual_seed(0)
+    column, row = torch.randn(24, 1, generator=generator), torch.randn(1, 16, generator=generator)
+    tau = (10 * column @ row + 0.01 * torch.randn(24, 16, generator=generator)).bfloat16()
+    masks = RankMasks(["a"], {"w": (24, 16)}, rank=1, rest=True, initial=1.0)
+    found = torch.zeros(24 * 16)
+    masks.decompose("w", tau[None]).add_to(found, masks().detach())
+    assert (found.view(24, 16) - tau.float()).norm() < 2**-13 * tau.float().norm()

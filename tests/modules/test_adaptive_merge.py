@@ -25,7 +25,7 @@ from lightning_merge.modules import (
     orthonormal_embeddings,
     save_head,
 )
-from lightning_merge.objectives import Distillation, Entropy, FeatureDistance
+from lightning_merge.objectives import Distillation, Entropy, FeatureDistance, Supervised
 from lightning_merge.task_vectors import TaskVectors
 
 TASKS = ["rotated", "upright"]
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         generator = torch.Generator().manual_seed(place)
         with torch.no_grad():
             for parameter in tuned.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.015 * torch.randn(parameter.shape, generator=generator)
         tuned.save_pretrained(folder / "finetuned" / task)
         head = ClassEmbeddingHead(orthonormal_embeddings(10, 16, place), 16.0)
         names = [str(digit) for digit in range(10)]
@@ -75,6 +75,7 @@ def test_what_is_exported_answers_as_the_live_module_does(run: Path, tmp_path: P
         torch.testing.assert_close(loaded(images, task=task).probabilities, live, rtol=1e-4, atol=1e-5)
     record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     assert record["steps"] == 6 and record["trained_parameters"] == 2 * len(module.task_vectors.tensor_names)
+    assert record["selection"] == "unlabeled test" and record["split"] == "test"
     assert (tmp_path / "out" / "adaptation" / "trace.png").is_file() and not (tmp_path / "out.trace").exists()
 
 
@@ -98,9 +99,40 @@ def test_a_start_is_one_more_direction_from_the_merge_that_it_is(run: Path, tmp_
             torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stream", "settings", "expected"),
+    [
+        ({"split": "ood_thick"}, {}, ("ood_thick", "unlabeled ood_thick")),
+        ({"split": "dev", "labels": True}, {"objectives": [Supervised()]}, ("dev", "validation labels")),
+        ({"split": "train", "labels": True}, {"objectives": [Supervised()]}, ("train", "training labels")),
+        ({"split": "dev", "labels": True}, {}, ("dev", "unlabeled dev")),
+        (None, {}, (None, "unlabeled stream")),
+    ],
+)
+def test_the_record_says_which_rows_and_labels_took_part(
+    stream: Any, settings: dict[str, Any], expected: tuple[str | None, str], run: Path, tmp_path: Path
+) -> None:
+    module = AdaptiveMerge(str(run), guard=False, **settings)
+    data = streams(**(stream or {}))
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0, limit_val_batches=0)
+    if stream is None:  # loaders of the user's own
+        trainer.fit(module, {task: data.stream(task) for task in TASKS})
+    else:
+        trainer.fit(module, datamodule=data)
+    record = module.record()
+    assert (record["split"], record["selection"]) == expected
+
+
 def test_a_start_that_is_called_like_a_task_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match="called like a task"):
         AdaptiveMerge(str(run), start=str(run / "finetuned" / "upright"))
+
+
+def test_a_start_together_with_transforms_is_refused(run: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"transforms \(LwPTV\) would also change the start.*either start or transforms"
+    ):
+        AdaptiveMerge(str(run), start=str(run / "merged" / "ties"), transforms=[LwPTV()])
 
 
 def test_only_coefficients_are_learned(run: Path, tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_low_precision_features_keep_their_dtype() -> None:
     assert corrector.down.dtype == torch.float32
 
 
+def test_it_follows_its_features_to_their_device() -> None:
+    corrector = Corrector(4, rank=2).requires_grad_(False)
+    with torch.inference_mode():
+        answer = corrector(torch.empty(2, 4, device="meta"))
+    assert answer.device.type == "meta"
+    for parameter in corrector.parameters():  # which may be trained further, elsewhere
+        assert parameter.device.type == "meta" and not parameter.is_inference() and not parameter.requires_grad
+
+
 # --- a set ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +234,24 @@ def test_version_two_acts_after_every_block_and_on_the_features(name: str) -> No
             assert torch.equal(pooled(**inputs), plain)
         corrector.up.data.zero_()
     assert torch.equal(pooled(**inputs), plain)
+
+
+def test_what_was_kept_before_the_width_was_known_is_the_start() -> None:
+    correctors = Correctors(["a", "b"], ["x"], rank=2, seed=3)
+    kept = correctors.learned()
+    optimizer = torch.optim.Adam(correctors.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        correctors(correctors(torch.randn(3, 4), "a", "x"), "a").square().sum().backward()
+        optimizer.step()
+    start = Correctors(["a", "b"], ["x"], rank=2, seed=3)
+    start(start(torch.randn(3, 4), "a", "x"), "a")
+    assert correctors.drift() > 0
+    correctors.restore(kept)
+    assert correctors.drift() == 0 and correctors.trained_tasks == ("a",)
+    for name, values in correctors.learned().items():
+        assert torch.equal(values, start.learned()[name])
+    optimizer.step()  # the same parameters, of the same shapes
 
 
 def test_a_corrected_pass_equals_one_written_by_hand() -> None:

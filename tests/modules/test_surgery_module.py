@@ -91,9 +91,14 @@ def test_validation_answers_with_the_correctors_of_its_task(parts: dict[str, Any
 def test_the_correctors_may_go_beside_the_merge_itself_and_nothing_else_is_written_over(
     parts: dict[str, Any], tmp_path: Path
 ) -> None:
+    (tmp_path / "merged" / "README.md").write_text("# Mine\n")
     module = RepresentationSurgery(**parts, rank=2, output=parts["merge"])
     make_trainer(tmp_path).fit(module, datamodule=Rows())
     assert load(parts["merge"]).correctors is not None
+    card = (tmp_path / "merged" / "README.md").read_text()
+    module.export(parts["merge"])
+    assert card == (tmp_path / "merged" / "README.md").read_text()
+    assert card.startswith("# Mine\n") and card.count("`surgery.safetensors`") == 1 and "task is named" in card
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     module = RepresentationSurgery(**parts, output=str(tmp_path / "mine"))
@@ -108,3 +113,5 @@ def test_what_is_not_there_is_refused(parts: dict[str, Any], tmp_path: Path) -> 
         RepresentationSurgery(**parts | {"merge": str(tmp_path / "absent")})
     with pytest.raises(UserError, match="rank must be an integer from 1, got 0"):
         RepresentationSurgery(**parts, rank=0)
+    with pytest.raises(UserError, match=r"rank is 17, and the merge in .* gives 16 features"):
+        RepresentationSurgery(**parts, rank=17)
