@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# They hold no doctests, and as modules they would all be called alike.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread_of_torch() -> None:
