@@ -137,14 +137,6 @@ def check_module(
     named = dict(module.named_parameters(remove_duplicate=False))
     covered = {id(named[target]) for target in names.values() if target in named}
     covered |= {id(parameter) for part in covered_by for parameter in part.parameters()}
-    for pattern in ignore:
-        fitting = [name for name, _ in module.named_parameters() if ignored(name, [pattern])]
-        if not fitting or all(id(named[name]) in covered for name in fitting):
-            raise UserError(
-                f"The pattern '{pattern}' to ignore fits {'only merged parameters or heads' if fitting else 'none'} of "
-                f"the parameters of {type(module).__name__}. Expected patterns of parameters that stay as they are; "
-                "what the task vectors hold is left out with TaskVectors.open(..., ignore=[...])."
-            )
     rest = [
         name
         for name, parameter in module.named_parameters()
@@ -158,6 +150,28 @@ def check_module(
             "where they shall stay as they are, or requires_grad_(False)."
         )
     return dict(names)
+
+
+def check_ignored(module: nn.Module, taken: Sequence[nn.Parameter], ignore: Sequence[str]) -> None:
+    """Refuse patterns of parameters to leave as they are that leave none so: a slip, or tensors that are merged.
+
+    Args:
+        module: The user's.
+        taken: Its merged parameters, and those of heads.
+        ignore: The patterns.
+
+    Raises:
+        UserError: Names the pattern.
+    """
+    held = {id(parameter) for parameter in taken}
+    for pattern in ignore:
+        fitting = [parameter for name, parameter in module.named_parameters() if ignored(name, [pattern])]
+        if all(id(parameter) in held for parameter in fitting):
+            raise UserError(
+                f"The pattern '{pattern}' to ignore fits {'only merged parameters or heads' if fitting else 'none'} of "
+                f"the parameters of {type(module).__name__}. Expected patterns of parameters that stay as they are; "
+                "what the task vectors hold is left out with TaskVectors.open(..., ignore=[...])."
+            )
 
 
 def _root(kind: type) -> type:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_merge.adaptation import Individuals, Remember
 from lightning_merge.callbacks.answers import Answers
-from lightning_merge.callbacks.checks import check_module
+from lightning_merge.callbacks.checks import check_ignored, check_module
 from lightning_merge.callbacks.learning import Learning
 from lightning_merge.callbacks.overrides import Overrides
 from lightning_merge.callbacks.provenance import provenance, refuse_other
@@ -145,7 +145,10 @@ class LearnedMerge(L.Callback):
         """Return the module's parameter for each tensor, checked once the module has them."""
         if self._found_names is None:
             covered = [*self._head_modules, self.scalars]
-            self._found_names = check_module(module, self.task_vectors, covered, self.ignore, self._names, self._prefix)
+            names = check_module(module, self.task_vectors, covered, self.ignore, self._names, self._prefix)
+            merged = [module.get_parameter(name) for name in names.values() if name in dict(module.named_parameters())]
+            check_ignored(module, [*merged, *(p for part in covered for p in part.parameters())], self.ignore)
+            self._found_names = names
         return self._found_names
 
     @property

@@ -447,7 +447,7 @@ def test_sharding_is_refused_by_name(checkpoints: dict[str, Path]) -> None:
         """What a sharding trainer looks like before its processes are there."""
 
         strategy = ModelParallelStrategy()  # type: ignore[assignment]
-        precision_plugin = None  # type: ignore[assignment]
+        accelerator = precision_plugin = None  # type: ignore[assignment]
 
         def __init__(self) -> None:
             mesh = SimpleNamespace(size=lambda: 1)
