@@ -432,7 +432,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_learned(checkpoints: di
         with pytest.raises(UserError, match=message):
             fitted(checkpoints, tmp_path, **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a merge learns from a batch of each task"):
-        fitted(checkpoints, tmp_path, data=users_code.Digits(VIEWS))
+        fitted(checkpoints, tmp_path, data=users_code.ViewedDigits(VIEWS))
     with pytest.raises(UserError, match="keys of the training stream"):
         fitted(checkpoints, tmp_path, data=Streams(VIEWS[:2]))
     used = trainer(tmp_path, max_epochs=1, precision="bf16-true", callbacks=[DistilledMerge(opened(checkpoints))])

@@ -520,7 +520,7 @@ def test_streams_of_other_tasks_and_features_that_are_not_called(checkpoints: di
     module = merged(checkpoints)
     with pytest.raises(UserError, match="surgery learns from a batch of each task"):
         trainer(tmp_path, max_epochs=1, callbacks=[Surgery(opened(checkpoints), features="norm")]).fit(
-            module, users_code.Digits(VIEWS)
+            module, users_code.ViewedDigits(VIEWS)
         )
     module.extra = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="did not call 'extra'"):

@@ -28,7 +28,7 @@ def digits(view: str, split: str = "train") -> TensorDataset:
     return TensorDataset(images[rows].contiguous(), torch.as_tensor(data.target)[rows])
 
 
-class Digits(L.LightningDataModule):
+class ViewedDigits(L.LightningDataModule):
     """One labelled loader over some views, for supervised training."""
 
     def __init__(self, views: Sequence[str], rows: int = 1000) -> None:
@@ -194,7 +194,7 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 def train(module: L.LightningModule, views: Sequence[str], path: Path, epochs: int, rows: int = 1000) -> Path:
     """Train on labels and save a checkpoint."""
     used = trainer(path.parent, max_epochs=epochs)
-    used.fit(module, Digits(views, rows))
+    used.fit(module, ViewedDigits(views, rows))
     used.save_checkpoint(path)
     return path
 

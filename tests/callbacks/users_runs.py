@@ -177,7 +177,7 @@ def supervise(folder: Path, module: L.LightningModule, on: str = "auto", **optio
             losses.append(outputs["loss"].item())
 
     used = users_code.trainer(folder, max_epochs=1, callbacks=[Losses()], **strategy(on), **options)
-    used.fit(module, datamodule=users_code.Digits(users_code.VIEWS))
+    used.fit(module, datamodule=users_code.ViewedDigits(users_code.VIEWS))
     return losses
 
 

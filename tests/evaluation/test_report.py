@@ -38,7 +38,8 @@ def plots(results: Results, tmp_path: Path) -> list[Path]:
 
 
 def test_every_picture_is_a_png_with_its_data(plots: list[Path]) -> None:
-    assert [path.name for path in plots] == list(CAPTIONS)
+    of_one_model = ["trace.png", "coefficients.png"]  # drawn by what learned
+    assert [path.name for path in plots] == [name for name in CAPTIONS if name not in of_one_model]
     for path in plots:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
         assert read(path.with_suffix(".csv"))
