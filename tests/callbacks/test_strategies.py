@@ -86,7 +86,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(results: Path, tmp_path: Path, strategy: str, variant: str) -> None:
     one = job.run({"folder": str(tmp_path), **VARIANTS[variant]})
-    two = torch.load(results / f"{strategy}_{variant}" / "out.pt")
+    two = torch.load(results / f"{strategy}_{variant}" / "out.pt", weights_only=True)
     torch.testing.assert_close(two["learned"], one["learned"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-5, atol=1e-6)
     assert (one["learned"]["raw"] - one["learned"]["raw"].flatten()[0]).abs().max() > 0.01  # something was learned
@@ -101,10 +101,12 @@ def test_two_processes_learn_what_one_learns(results: Path, tmp_path: Path, stra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "full", "sharded"])
 def test_two_processes_go_on_as_if_they_had_not_stopped(results: Path, name: str) -> None:
-    straight, resumed = (torch.load(results / f"resume_{name}" / out) for out in ("out.pt", "resumed.pt"))
+    straight, resumed = (
+        torch.load(results / f"resume_{name}" / out, weights_only=True) for out in ("out.pt", "resumed.pt")
+    )
     torch.testing.assert_close(resumed["learned"], straight["learned"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(resumed["state_dict"], straight["state_dict"], rtol=1e-5, atol=1e-6)
-    earlier = torch.load(results / f"resume_{name}" / "other.pt")
+    earlier = torch.load(results / f"resume_{name}" / "other.pt", weights_only=True)
     assert "by or scalars differ" in earlier["refused"]
 
 
@@ -115,7 +117,7 @@ def test_a_checkpoint_in_one_file_loads_strictly_into_the_plain_module(results: 
     checkpoint = torch.load(results / f"resume_{name}" / file, weights_only=False)
     module = job.UsersModule()
     module.load_state_dict(checkpoint["state_dict"], strict=True)
-    expected = torch.load(results / f"resume_{name}" / "out.pt")["state_dict"]
+    expected = torch.load(results / f"resume_{name}" / "out.pt", weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), expected, rtol=0, atol=1e-6)
     if file == "weights.ckpt":
         assert "callbacks" not in checkpoint
@@ -142,8 +144,8 @@ def test_each_task_counts_alike_where_a_process_lacks_one(tmp_path: Path) -> Non
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in output)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    expected = torch.load(tmp_path / "expected.pt")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     for rank in found:
         torch.testing.assert_close(rank["gradient"], expected["gradient"], rtol=1e-5, atol=1e-7)
         assert rank["last"]["entropy"] == pytest.approx(expected["last"], rel=1e-5)

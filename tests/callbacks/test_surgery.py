@@ -311,7 +311,7 @@ def test_two_processes_learn_what_one_learns(checkpoints: dict[str, Path], tmp_p
             torch.testing.assert_close(together[name], values, atol=1e-5, rtol=1e-4)
 
     # Where a process has no rows of a view, it takes the step of those that have.
-    first, second = (torch.load(tmp_path / f"learned_{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"learned_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert equal(first, second)
     for rank, lacking in LACKING.items():
         view = LACKING[1 - rank]

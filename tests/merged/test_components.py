@@ -201,7 +201,7 @@ def test_shards_of_rows_merge_and_contract_alike(kind: str, tmp_path: Path) -> N
     merged = MergedWeights(module, task_vectors, scalars)
     held = merged.nbytes["task_vectors"]
     expected = backward(scalars, module, merged)
-    shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    shards = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for shard in shards:
         for name, gradient in expected.items():
             torch.testing.assert_close(shard["gradients"][name], gradient, rtol=1e-5, atol=1e-6)

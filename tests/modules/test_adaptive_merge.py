@@ -196,7 +196,7 @@ def test_a_checkpoint_loads_strictly_into_the_plain_module(run: Path, tmp_path: 
     fitted = AdaptiveMerge(str(run), learning_rate=1e-2)
     fit(fitted, tmp_path).save_checkpoint(tmp_path / "last.ckpt")
     plain = AdaptiveMerge(str(run))
-    saved = torch.load(tmp_path / "last.ckpt", map_location="cpu", weights_only=False)
+    saved = torch.load(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
     plain.load_state_dict(saved["state_dict"], strict=True)
     images = torch.as_tensor(streams().get("upright").splits["test"].inputs[:4])
     torch.testing.assert_close(plain(images, "upright"), fitted(images, "upright"))
